@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF', 'make_tokenizer', 'GroundingProcessor',
            'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor', 'load_vlm', 'codec_of',
-           'generate_answers', 'lora_config', 'fingerprint', 'box_text', 'names_of', 'naming_questions', 'make_batch',
-           'scene_bank', 'pretrain', 'save_log', 'save_tiny']
+           'generate_answers', 'lora_config', 'fingerprint', 'box_text', 'names_of', 'naming_questions', 'echo',
+           'make_batch', 'scene_bank', 'pretrain', 'save_log', 'save_tiny']
 
 # %% ../nbs/04_model.ipynb #8b32e77e
 import hashlib
@@ -33,7 +33,7 @@ LEXICON = """car vehicle van truck minibus bus tree crown trees building bridge 
 The target is the red ship. Cue: leftmost, in the top left. I look at the left of the image. Its centre is near (12, 34), about 56 wide and 78 high. a
 bottom right centre corner edge side middle nearest closest furthest topmost bottommost largest smallest only dead white turquoise reddish-brown grey dark
 second third fourth of the row first two three four five from on at immediately directly between next to and with it that which stands lies
-Locate the image. Think in <think></think>, then give one box in <answer></answer>. What is at [9, 8, 7, 6]? system You are a helpful assistant. user assistant
+Locate the image. Think in <think></think>, then give one box in <answer></answer>. What is at [9, 8, 7, 6]? Repeat: system You are a helpful assistant. user assistant
 object above below largest plane tank vehicle ship black blue yellow white red"""
 SPECIAL = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -86,7 +86,7 @@ def tiny_config(tokenizer) -> Qwen2_5_VLConfig:
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
     text = dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
                 max_position_embeddings=1024, initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]})
+                rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]})
     vision = dict(depth=2, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=28, spatial_merge_size=1, temporal_patch_size=1, out_hidden_size=128,
                   window_size=112, fullatt_block_indexes=[0, 1], initializer_range=0.06)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, initializer_range=0.06, tie_word_embeddings=True, image_token_id=ids["image_pad"],
@@ -134,10 +134,13 @@ def load_vlm(
 # %% ../nbs/04_model.ipynb #43b4f15a
 CODEC_OF = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl"}
 
-def codec_of(model, processor) -> Codec:
-    "The coordinate convention of a loaded model, with the size limits of its processor."
+def codec_of(
+    kind: str,  # model.config.model_type
+    processor,
+) -> Codec:
+    "The coordinate convention of a kind of model, with the size limits of its processor."
     eyes = processor.image_processor
-    return Codec(CODEC_OF[model.config.model_type], eyes.patch_size * eyes.merge_size, eyes.size["shortest_edge"], eyes.size["longest_edge"])
+    return Codec(CODEC_OF[kind], eyes.patch_size * eyes.merge_size, eyes.size["shortest_edge"], eyes.size["longest_edge"])
 
 # %% ../nbs/04_model.ipynb #b2e93681
 @torch.no_grad()
@@ -203,6 +206,11 @@ def naming_questions(scene, rng, colour_only=False):
         if names: pairs.append((DIRECT.format(f"the {names[rng.integers(len(names))]}"), box_text(t.box)))
     return pairs
 
+def echo(rng):
+    "A pair that asks to repeat six words of the lexicon, so that every word of it is alive before the model must reason with it."
+    words = " ".join(rng.choice([*LEXICON.split(), *TAGS], 6))
+    return f"Repeat: {words}", words
+
 # %% ../nbs/04_model.ipynb #be38e212
 def make_batch(processor, pixels, grids, dialogues, device="cpu"):
     "Tensors for one training step; labels are -100 wherever the loss does not look. `dialogues`: lists of (question, answer)."
@@ -233,7 +241,7 @@ def pretrain(
     steps: int,
     out: str | Path,            # folder for weights, processor and pretrain.csv
     seed: int = 0,
-    num_scenes: int = 12000,
+    num_scenes: int = 10000,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     log_every: int = 50,
@@ -245,7 +253,7 @@ def pretrain(
     scenes, pixels, grids = scene_bank(processor, num_scenes, seed)
     rng = np.random.default_rng([seed, 5])
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.03)
     model.train()
     for step in range(1, steps + 1):
         chosen, dialogues = [], []
@@ -254,7 +262,7 @@ def pretrain(
             found = naming_questions(scenes[k], rng, colour_only=step < steps / 3)
             if found:
                 chosen.append(k)
-                dialogues.append([found[i] for i in rng.permutation(len(found))[:3]])
+                dialogues.append([found[i] for i in rng.permutation(len(found))[:3]] + [echo(rng)] * (rng.random() < 0.3))
         loss = model(**make_batch(processor, pixels[chosen].flatten(0, 1), grids[chosen], dialogues)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

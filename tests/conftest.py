@@ -1,0 +1,29 @@
+"""Shared by all tests: where the shared data are, and one smoke run that several tests look at."""
+import os
+from pathlib import Path
+
+os.environ["IN_TEST"] = "1"  # a notebook's last cell must not export while tests run
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with shared test data. Absent on a fork's machine: skip. Absent although RSGROUND_SHARED names it: fail."""
+    if (SHARED / "data").is_dir(): return SHARED / "data"
+    assert "RSGROUND_SHARED" not in os.environ, f"RSGROUND_SHARED is set, but {SHARED}/data does not exist"
+    pytest.skip("shared test data are not on this machine (set RSGROUND_SHARED or put them in ../shared)")
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """A finished `rsground run` at smoke scale on drawn scenes, made once for all tests."""
+    from rsground_nb.run import main
+
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    assert main(["run", "--out", str(out)]) == 0
+    return out

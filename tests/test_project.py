@@ -1,0 +1,95 @@
+"""The shape of the project: README, imports, notebooks, packaging."""
+import ast
+import configparser
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index")
+MODULES = [p.stem.split("_", 1)[1] for p in NOTEBOOKS]
+
+
+def cells(path): return nbformat.read(path, as_version=4).cells
+
+
+def test_readme_is_the_index_notebook():
+    text = "\n\n".join(c.source for c in cells(ROOT / "nbs" / "index.ipynb"))
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text + "\n", "write README.md anew: python tests/write_readme.py"
+
+
+def test_readme_has_the_two_commands_that_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for last in ("pytest", "rsground run"):
+        for start in ("python3 -m venv", "py -m venv"):
+            found = [line for line in readme.splitlines() if line.startswith(start) and line.endswith(last)]
+            assert len(found) == 1 and "constraints.txt" in found[0], (start, last)
+    assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README, not repeat them"
+
+
+def test_the_readme_lists_every_chapter():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path, module in zip(NOTEBOOKS, MODULES): assert f"| {path.stem} | `{module}` |" in readme
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_has_its_header_and_parameters(path):
+    found = cells(path)
+    assert re.match(r"# .+\n> .+", found[0].source)
+    assert found[1].source.strip() == f"#| default_exp {path.stem.split('_', 1)[1]}"
+    tagged = [c for c in found if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and "export" not in tagged[0].source
+    assert re.findall(r"^(\w+): ", tagged[0].source, re.M) == ["scale", "seed", "out", "data"]
+    assert all("id" in c for c in found)
+
+
+def imported(module):
+    """Modules of this package that a module's source imports anywhere, also inside functions."""
+    tree = ast.parse((ROOT / "rsground_nb" / f"{module}.py").read_text(encoding="utf-8"))
+    return {(n.module or "").removeprefix("rsground_nb.") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("rsground_nb"))}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_chapters_above_it(module):
+    assert imported(module) <= set(MODULES[:MODULES.index(module)])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_has_no_side_effects(module, tmp_path):
+    program = f"""
+import os, random, sys
+before, state = dict(os.environ), random.getstate()
+import rsground_nb.{module}
+loaded = [m.split('.')[1] for m in sys.modules if m.startswith('rsground_nb.') and m.count('.') == 1]
+assert {{k: v for k, v in os.environ.items() if before.get(k) != v}} == {{}}, 'environment changed'
+assert random.getstate() == state, 'random state changed'
+assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules, 'needs nbdev at run time'
+print(*loaded)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= set(MODULES[:MODULES.index(module) + 1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_package_is_light():
+    program = "import sys, rsground_nb; print(len([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'datasets', 'numpy')]))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "0"
+
+
+def test_runtime_requirements_hold_no_nbdev():
+    settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini")
+    assert not re.search(r"nbdev|fastcore|execnb", settings["DEFAULT"]["requirements"])
+
+
+def test_nothing_committed_names_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked: pytest.skip("not a git checkout")
+    for name in tracked:
+        if not name.endswith((".safetensors", ".png")):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not re.search(r"/(?:root|home|work|tmp)/\w", text), name

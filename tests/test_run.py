@@ -1,0 +1,121 @@
+"""The whole run: every chapter through papermill, then what it left behind; and every way to ask for it wrongly."""
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+
+from rsground_nb.data import load_data
+from rsground_nb.evaluate import read_predictions
+from rsground_nb.run import CHAPTERS, main, run_chapter, title_of
+from rsground_nb.scale import get_scale
+
+RSGROUND = [sys.executable, "-c", "import sys; from rsground_nb.run import main; sys.exit(main())"]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_chapter_ran_to_its_end(smoke_run, name):
+    notebook = nbformat.read(smoke_run / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in code if c.source.strip())
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+
+
+def test_training_left_curves_and_moved_only_lora(smoke_run):
+    for stage in ("sft", "grpo"):
+        weights = pd.read_csv(smoke_run / stage / "weights.csv", index_col="weights")
+        assert weights.loc["base", "before"] == weights.loc["base", "after"], stage
+        assert weights.loc["lora", "before"] != weights.loc["lora", "after"], stage
+        assert (smoke_run / stage / "model" / "model.safetensors").is_file() and (smoke_run / stage / "adapter" / "adapter_model.safetensors").is_file()
+    log = pd.read_csv(smoke_run / "grpo" / "log.csv")
+    assert list(log.step) == list(range(1, get_scale("smoke").grpo_steps + 1))
+    assert log["reward"].notna().all() and log["reward"].std() > 0
+    assert log["consistency/weight_mean"].between(1, 3).all()
+
+
+def test_loss_falls_during_sft(smoke_run):
+    loss = pd.read_csv(smoke_run / "sft" / "log.csv").loss
+    assert loss.iloc[-1] < 0.7 * loss.iloc[0]
+
+
+def test_metrics_count_every_expression_once(smoke_run):
+    table = pd.read_csv(smoke_run / "metrics.csv").set_index("split")
+    splits, _ = load_data("scenes", get_scale("smoke"), 0)
+    assert table.N.to_dict() == {name: len(rows) for name, rows in splits.items()}
+    for split in splits:
+        found = read_predictions(smoke_run / "predictions" / f"GRPO_{split}.jsonl")
+        assert len({p["expression_id"] for p in found}) == len(found) == table.N[split]
+        assert table.mIoU[split] == pytest.approx(sum(p["iou"] for p in found) / len(found))
+
+
+def test_most_answers_can_be_read_after_sft(smoke_run):
+    assert pd.read_csv(smoke_run / "stages.csv").set_index("stage").unparsable["CoT-SFT"] < 0.5
+
+
+def test_the_report_stands_alone_and_names_every_chapter(smoke_run):
+    page = (smoke_run / "report.html").read_text()
+    for name in CHAPTERS: assert f"notebooks/{name}.ipynb" in page and title_of(name)[0] in page
+    assert len(re.findall(r'<img src="data:image/png;base64,', page)) == page.count("<img") >= 8 + 3
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
+
+
+def test_run_json_tells_how_it_was_made(smoke_run):
+    run = json.loads((smoke_run / "run.json").read_text())
+    assert set(run["chapters"]) == set(CHAPTERS)
+    assert {"scale", "seed", "data", "command", "commit", "versions", "started"} <= set(run)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--scale", "smokey"], "unknown scale 'smokey'"), (["--data", "no/such/folder"], "is not a folder"), (["--data", "tests"], "not in the DIOR-RSVG layout"),
+    (["--seed", "-4"], "seed -4 is negative"), (["--seed", "x"], "invalid int value"), (["--sede", "3"], "unrecognized arguments: --sede"), (["--resume"], "holds no run to resume")])
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, message):
+    try: code = main(["run", *words, "--out", str(tmp_path / "x")])
+    except SystemExit as stop: code = stop.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and message in said and "\n" not in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_no_folder_is_written_over(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    assert main(["run", "--out", str(tmp_path)]) == 2 and "not an empty folder" in capsys.readouterr().err
+    assert main(["run", "--out", str(tmp_path / "file" / "below")]) == 2 and "cannot" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine.txt"]
+
+
+def test_the_folder_of_another_run_is_refused(smoke_run, capsys):
+    kept = (smoke_run / "metrics.csv").read_bytes()
+    assert main(["run", "--out", str(smoke_run)]) == 2 and "already holds a run" in capsys.readouterr().err
+    assert main(["run", "--resume", "--seed", "7", "--out", str(smoke_run)]) == 2 and "with seed 0, not 7" in capsys.readouterr().err
+    assert (smoke_run / "metrics.csv").read_bytes() == kept
+
+
+def test_a_chapter_refuses_a_parameter_that_it_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="09_grpo has no parameter sede: it has scale, seed, out, data"): run_chapter("09_grpo", tmp_path / "x.ipynb", sede=3)
+    assert not (tmp_path / "x.ipynb").exists()
+
+
+def test_interrupted_and_resumed(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([*RSGROUND, "run", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "02_scenes …" in line: break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.read()
+    assert process.wait(60) == 130 and "rsground run --resume --out" in said
+    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_scale", "01_boxes"]
+    first = (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns
+    process = subprocess.Popen([*RSGROUND, "run", "--resume", "--out", str(out)], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "02_scenes:" in line: break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_scale", "01_boxes", "02_scenes"]
+    assert (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns == first

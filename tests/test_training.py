@@ -1,0 +1,66 @@
+"""Both trainers on a few steps: what moves, what must not move, and the same numbers for the same seed."""
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from rsground_nb.cot import synthesise
+from rsground_nb.data import load_data
+from rsground_nb.evaluate import predict, score
+from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer
+from rsground_nb.model import codec_of, fingerprint, load_vlm
+from rsground_nb.scale import get_scale, start
+from rsground_nb.sft import sft_trainer
+
+SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24)
+
+
+def short_path(folder, seed):
+    """SFT and GRPO for a few steps; returns the log of rewards and the metrics."""
+    start(seed)
+    splits, _ = load_data("scenes", SMALL, seed)
+    model, processor = load_vlm("tiny")
+    codec = codec_of(model.config.model_type, processor)
+    trainer = sft_trainer(model, processor, synthesise(splits["train"], codec)[0], SMALL, seed, folder / "sft", disable_tqdm=True)
+    trainer.train()
+    model = trainer.model.merge_and_unload()
+    trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec, SMALL, seed, folder / "grpo", disable_tqdm=True)
+    trainer.train()
+    timings = ("train_", "step_time", "epoch")
+    log = pd.DataFrame(trainer.state.log_history)
+    return log[[c for c in log if not c.startswith(timings)]], score(predict(trainer.model, processor, splits["test"], 24))
+
+
+def test_same_seed_same_numbers(tmp_path):
+    (log, metrics), (log_again, metrics_again), (other, _) = (short_path(tmp_path / str(k), seed) for k, seed in enumerate((0, 0, 1)))
+    pd.testing.assert_frame_equal(log, log_again)
+    assert metrics == metrics_again
+    assert not log.equals(other)
+
+
+def test_sft_moves_lora_and_nothing_else(tmp_path):
+    start(0)
+    splits, _ = load_data("scenes", SMALL, 0)
+    model, processor = load_vlm("tiny")
+    trainer = sft_trainer(model, processor, synthesise(splits["train"], codec_of("qwen2_5_vl", processor))[0], SMALL, 0, tmp_path, disable_tqdm=True)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        assert before[name].equal(weight) == ("lora_" not in name), name
+
+
+def test_grpo_moves_lora_and_nothing_else_when_a_group_has_something_to_say(tmp_path):
+    start(0)
+    splits, _ = load_data("scenes", SMALL, 0)
+    model, processor = load_vlm("tiny")
+    trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of("qwen2_5_vl", processor), SMALL, 0, tmp_path, disable_tqdm=True)
+    trainer.reward_funcs[0] = lambda completions, **columns: [float(k) for k in range(len(completions))]  # every rollout differs
+    before = [fingerprint(trainer.model, lora) for lora in (False, True)]
+    trainer.train()
+    after = [fingerprint(trainer.model, lora) for lora in (False, True)]
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_the_weight_refuses_a_kl_term_that_it_would_not_reach():
+    with pytest.raises(ValueError, match="leaves a KL term"): SpatialGRPOConfig(output_dir="x", beta=0.04, use_cpu=True, bf16=False)
+    assert SpatialGRPOConfig(output_dir="x", beta=0.04, consistency=False, use_cpu=True, bf16=False).beta == 0.04
