@@ -32,8 +32,8 @@ def metrics(
     if not len(ious): raise ValueError("no predictions to evaluate")
     again = np.random.default_rng(seed).choice(ious, (draws, len(ious))).mean(1)
     low, high = np.quantile(again, (0.025, 0.975))
-    return {"N": len(ious), "Acc@0.5": (ious >= 0.5).mean(), "Acc@0.7": (ious >= 0.7).mean(), "mIoU": ious.mean(), "mIoU_low": low, "mIoU_high": high,
-            "unparsable": 1 - parsed.mean()}
+    values = {"Acc@0.5": (ious >= 0.5).mean(), "Acc@0.7": (ious >= 0.7).mean(), "mIoU": ious.mean(), "mIoU_low": low, "mIoU_high": high, "unparsable": (~parsed).mean()}
+    return {"N": len(ious), **{name: float(value) for name, value in values.items()}}
 
 # %% ../nbs/10_evaluate.ipynb #d27594d2
 def predict(

@@ -87,7 +87,7 @@ def grpo_trainer(
         output_dir=str(out), max_steps=scale.grpo_steps, per_device_train_batch_size=scale.prompts_per_step * scale.num_generations, num_generations=scale.num_generations,
         learning_rate=scale.grpo_learning_rate, lr_scheduler_type="constant", max_completion_length=scale.max_completion_length, loss_type="grpo", beta=0.0,
         reward_weights=REWARD_WEIGHTS, generation_kwargs=dict(suppress_tokens=blocked), logging_steps=1, save_strategy="no", report_to="none", use_cpu=not gpu, bf16=gpu,
-        gradient_checkpointing=gpu, seed=seed)
+        activation_checkpointing=gpu, seed=seed)
     return SpatialGRPOTrainer(model=model, reward_funcs=make_rewards(codec), args=SpatialGRPOConfig(**{**settings, **kwargs}), train_dataset=rows,
                               processing_class=processor, peft_config=lora_config(scale.lora_rank))
 

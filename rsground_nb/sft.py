@@ -33,7 +33,7 @@ def sft_trainer(
     settings = dict(
         output_dir=str(out), max_steps=scale.sft_steps, per_device_train_batch_size=scale.sft_batch_size, learning_rate=scale.sft_learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, scale.sft_steps // 20), logging_steps=max(1, scale.sft_steps // 20), save_strategy="no", report_to="none",
-        max_length=None, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=gpu, seed=seed)
+        max_length=None, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu, seed=seed)
     return SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
                       processing_class=processor, peft_config=lora_config(scale.lora_rank))
 
