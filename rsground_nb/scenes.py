@@ -175,7 +175,7 @@ def expressions(
 def as_png(image):
     "The image as PNG bytes, the form in which a dataset can hold it."
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 def choose(scene, rng, rules):
