@@ -17,7 +17,7 @@ from .scenes import cell_name
 
 # %% ../nbs/05_cot.ipynb #930b807f
 CUES = re.compile(r"\b(?:(?:top|bottom|upper|lower)[ -](?:left|right)|left\s?most|right\s?most|top\s?most|bottom\s?most|largest|smallest|only|middle|cent(?:re|er)|(?:nearest|closest|next) to"
-                  r"|(?:left|right) of|above|below|between|furthest to the (?:left|right)|left|right|top|bottom|(?:second|third|fourth) from)\b", re.I)
+                  r"|(?:left|right) of|above|below|between|furthest to the (?:left|right)|left|right|top|bottom|second|third|fourth)\b", re.I)
 
 def cues(
     expression: str,
@@ -70,7 +70,7 @@ def check_chain(
 def synthesise(
     rows: Dataset,       # chapter 03
     codec: Codec,        # of the student
-    teacher=write_chain,
+    teacher=write_chain,  # (expression, box, width, height, codec, category) -> completion
 ):
     "(dataset, counts): rows with `prompt`, `image`, `completion` for each chain that passes, and a Counter of all verdicts."
     texts = [teacher(r["expression"], r["box"], r["width"], r["height"], codec, r["category"]) for r in rows.remove_columns("image")]

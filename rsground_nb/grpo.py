@@ -20,7 +20,7 @@ from .consistency import consistency_weight, group_statistics
 from .data import load_data
 from .model import SPECIAL, codec_of, fingerprint, load_vlm, lora_config, to_prompt
 from .rewards import REWARD_WEIGHTS, make_rewards
-from .scale import Scale, finish_stage, get_scale, stage_ready, start
+from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .sft import save_stage, sft_stage
 
 # %% ../nbs/09_grpo.ipynb #4c26c5a0
@@ -40,10 +40,13 @@ class SpatialGRPOConfig(GRPOConfig):
 
 # %% ../nbs/09_grpo.ipynb #141a4713
 class SpatialGRPOTrainer(GRPOTrainer):
-    "TRL's GRPO with each group's advantages scaled by its consistency weight. One reward function must be named `iou_reward`."
+    "TRL's GRPO with each group's advantages scaled by its consistency weight. Raises ValueError unless a reward function is named `iou_reward`."
 
     def _calculate_rewards(self, *args, **kwargs):
         rewards = super()._calculate_rewards(*args, **kwargs)  # gathered over processes, groups side by side
+        if not self.args.consistency: return rewards
+        if "iou_reward" not in self.reward_func_names:
+            raise ValueError(f"the consistency weight needs a reward function named iou_reward; there are {', '.join(self.reward_func_names)}")
         ious = rewards[:, self.reward_func_names.index("iou_reward")].nan_to_num(0.0)
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         mean, variance = group_statistics(ious, group_size)
@@ -82,9 +85,11 @@ def grpo_trainer(
 ) -> SpatialGRPOTrainer:
     "The trainer with the three rewards of chapter 07 and LoRA on the language part."
     gpu = torch.cuda.is_available()
+    rollouts = scale.prompts_per_step * scale.num_generations
+    per_pass = min(rollouts, scale.rows_per_pass)
     blocked = [i for i in processor.tokenizer.convert_tokens_to_ids(SPECIAL) if i is not None and i != processor.tokenizer.eos_token_id]
     settings = dict(
-        output_dir=str(out), max_steps=scale.grpo_steps, per_device_train_batch_size=scale.prompts_per_step * scale.num_generations, num_generations=scale.num_generations,
+        output_dir=str(out), max_steps=scale.grpo_steps, per_device_train_batch_size=per_pass, gradient_accumulation_steps=rollouts // per_pass, num_generations=scale.num_generations,
         learning_rate=scale.grpo_learning_rate, lr_scheduler_type="constant", max_completion_length=scale.max_completion_length, loss_type="grpo", beta=0.0,
         reward_weights=REWARD_WEIGHTS, generation_kwargs=dict(suppress_tokens=blocked), logging_steps=1, save_strategy="no", report_to="none", use_cpu=not gpu, bf16=gpu,
         activation_checkpointing=gpu, seed=seed)
@@ -97,7 +102,7 @@ def grpo_stage(
     out: str | Path,  # the run's folder; this stage writes to `grpo` inside it
 ) -> Path:
     "Folder of the GRPO model of a run: `grpo/model`. Trains it, and CoT-SFT before it, unless they are there. Raises ValueError if `out` belongs to another run."
-    folder, settings = Path(out) / "grpo", dict(data=str(data), scale=scale, seed=seed)
+    folder, settings = Path(out) / "grpo", settings_of(data, scale, seed)
     if stage_ready(folder, **settings): return folder / "model"
     size, before = get_scale(scale), sft_stage(data, scale, seed, out)
     start(seed)

@@ -76,7 +76,7 @@ def to_prompt(
     expression: str,
     template: str = REASON,  # one {} for the expression
 ) -> list:
-    "The user's message in the chat format of transformers and TRL. The image goes beside it, not into it."
+    "The user's message in the chat format of transformers and TRL, a leading 'The' in lower case. The image goes beside it, not into it."
     if expression.startswith("The "): expression = "the " + expression[4:]
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": template.format(expression)}]}]
 
@@ -153,13 +153,14 @@ def generate_answers(
     batch_size: int = 32,
     **kwargs,                        # to generate: do_sample=True, temperature=…
 ) -> list:
-    "One completion (text) per image and question; greedy unless `do_sample=True`."
+    "One completion (text) per image and question; greedy unless `do_sample=True`. Leaves the model in eval mode."
     model.eval()
     texts = [processor.apply_chat_template(to_prompt(q, template), add_generation_prompt=True, tokenize=False) for q in questions]
     answers = []
     for k in range(0, len(texts), batch_size):
         batch = processor(text=texts[k:k + batch_size], images=[[i.convert("RGB")] for i in images[k:k + batch_size]], padding=True, return_tensors="pt").to(model.device)
-        made = model.generate(**batch, max_new_tokens=max_new_tokens, **{"do_sample": False, **kwargs})
+        plain = dict(do_sample=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # not what a hub model's own settings say
+        made = model.generate(**batch, max_new_tokens=max_new_tokens, **{**plain, **kwargs})
         answers += processor.batch_decode(made[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
     return answers
 
@@ -198,8 +199,8 @@ def naming_questions(scene, rng, colour_only=False):
     "One (question, answer) for each object that can be named without words of position; or, once in eight times, a description."
     if not colour_only and rng.random() < 0.125:
         t = scene.things[rng.integers(len(scene.things))]
-        where = [text.split(" in ")[1] for text, thing, _ in expressions(scene, ("cell",)) if thing is t]
-        return [(f"What is at {box_text(t.box)}?", f"the {t.colour} {t.category}" + (f" in {where[0]}" if where else ""))]
+        where = [text.removeprefix(f"the {t.category}") for text, thing, _ in expressions(scene, ("cell",)) if thing is t]
+        return [(f"What is at {box_text(t.box)}?", f"the {t.colour} {t.category}" + (where[0] if where else ""))]
     pairs = []
     for t in scene.things:
         names = [n for n in names_of(t, scene) if "object" in n or not colour_only]
@@ -213,7 +214,7 @@ def echo(rng):
 
 # %% ../nbs/04_model.ipynb #be38e212
 def make_batch(processor, pixels, grids, dialogues, device="cpu"):
-    "Tensors for one training step; labels are -100 wherever the loss does not look. `dialogues`: lists of (question, answer)."
+    "Tensors for one step: `pixels` (all patches, values of a patch) and `grids` (n, 3) of n images of one size, `dialogues` n lists of (question, answer). Labels are -100 where the loss does not look."
     rows, image, per_image = [], processor.image_token_id, int(grids[0].prod()) // processor.image_processor.merge_size ** 2
     for turns in dialogues:
         messages = [m for q, a in turns for m in ({"role": "user", "content": [{"type": "text", "text": q}]}, {"role": "assistant", "content": a})]

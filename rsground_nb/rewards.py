@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from .boxes import BOX, Codec, completion_box, iou
+from .boxes import BOX, Codec, completion_box, iou, parse_completion
 
 # %% ../nbs/07_rewards.ipynb #e95eb765
 FORM = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>).)+</think>\s*<answer>\s*" + BOX.pattern + r"\s*</answer>\s*", re.S)
@@ -19,8 +19,9 @@ FORM = re.compile(r"\s*<think>(?:(?!</?(?:think|answer)>).)+</think>\s*<answer>\
 def format_score(
     text: str,  # one completion
 ) -> float:
-    "1.0 if the whole text is <think>…</think><answer>[x1, y1, x2, y2]</answer>, else 0.0."
-    return float(FORM.fullmatch(text) is not None)
+    "1.0 if the whole text is <think>…</think><answer>[x1, y1, x2, y2]</answer> with some thought and a box that has an area, else 0.0."
+    parsed = parse_completion(text)
+    return float(FORM.fullmatch(text) is not None and parsed.box is not None and parsed.thinking != "")
 
 # %% ../nbs/07_rewards.ipynb #25b25a9f
 def along(lo, hi, centre, sigma, reading):
@@ -35,7 +36,8 @@ def positional(
     alpha: float = 2.5,     # reach, in half widths of the target
     reading: str = "center",
 ) -> torch.Tensor:
-    "(n,) positional reward in [0, 1]; 0 for boxes or targets without area. Paper section 3.3 [2nd]; the readings `center` and `area` are [ours]."
+    """(n,) positional reward in [0, 1]; 0 for boxes or targets without area. A perfect box earns 1 (`center`) or 0.949 (`area`, alpha 2.5).
+    Raises ValueError for an unknown reading. Paper section 3.3 [2nd]; the two readings are [ours]."""
     if reading not in ("center", "area"): raise ValueError(f"unknown reading {reading!r}: use center or area")
     boxes, targets = boxes.double(), targets.double()
     px1, py1, px2, py2 = boxes.unbind(-1)

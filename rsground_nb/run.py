@@ -83,8 +83,8 @@ def new_run(
     get_scale(scale)
     if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
     if data != "scenes":
-        from rsground_nb.data import load_dior_rsvg
-        load_dior_rsvg(data)
+        from rsground_nb.data import load_data
+        load_data(data, get_scale(scale), seed)
         data = str(Path(data).resolve())
     if (out / "run.json").exists(): raise ValueError(f"{out} already holds a run: choose another --out, or continue it with --resume")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
@@ -140,28 +140,28 @@ def curves(log, columns, ylabel):
 def gallery(out, data, scale, seed, count=12):
     "The first `count` held-out predictions, each with its picture and its text."
     from rsground_nb.boxes import draw_boxes, parse_completion
-    from rsground_nb.data import load_data
+    from rsground_nb.data import held_out, load_data
     from rsground_nb.evaluate import read_predictions
 
     splits, _ = load_data(data, get_scale(scale), seed)
-    held_out = "test" if "test" in splits else "train"
-    found = read_predictions(Path(out) / "predictions" / f"GRPO_{held_out}.jsonl")[:count]
+    judged = held_out(splits)
+    found = read_predictions(Path(out) / "predictions" / f"GRPO_{judged}.jsonl")[:count]
     cards = []
-    for prediction, row in zip(found, splits[held_out]):
+    for prediction, row in zip(found, splits[judged]):
         zoom = 300 / max(row["width"], row["height"])
         picture = draw_boxes(row["image"], prediction["box"], prediction["predicted"], zoom)
         cards.append({**prediction, "picture": as_data_url(picture), "thinking": parse_completion(prediction["answer"]).thinking})
-    return held_out, cards
+    return judged, cards
 
 # %% ../nbs/90_run.ipynb #4b2863ae
 def verdict(stages):
-    "One honest sentence about the held-out numbers."
+    "One honest sentence about stages.csv: is the last model better than a guess that looks at nothing?"
     rows = stages.set_index("stage")
     guess, last = rows.loc["constant guess"], rows.loc["GRPO"]
-    numbers = f"mean IoU {last.mIoU:.3f} ({last.mIoU_low:.3f} to {last.mIoU_high:.3f}) against {guess.mIoU:.3f} ({guess.mIoU_low:.3f} to {guess.mIoU_high:.3f}) for a constant guess that looks at nothing"
-    if last.mIoU_low > guess.mIoU_high: return f"The trained model beats the constant guess: {numbers}."
-    if last.mIoU_high < guess.mIoU_low: return f"The trained model is worse than the constant guess: {numbers}."
-    return f"The trained model cannot be told apart from the constant guess: {numbers}."
+    found = "beats" if last.gain_low > 0 else "is worse than" if last.gain_high < 0 else "cannot be told apart from"
+    where = f"on the {last.N} expressions of {last.split}" + (" (seen in training: there is no other split)" if last.split == "train" else "")
+    return (f"The trained model {found} a constant guess that looks at nothing: mean IoU {last.mIoU:.3f} against {guess.mIoU:.3f} {where}, "
+            f"a difference of {last.gain:+.3f} (95 % interval {last.gain_low:+.3f} to {last.gain_high:+.3f}).")
 
 def write_report(
     run: dict,           # of new_run or load_run
@@ -170,14 +170,15 @@ def write_report(
     "One self-contained HTML page about a run whose evaluation is there."
     import jinja2
     import pandas as pd
+    from rsground_nb.grpo import silent
 
     out = Path(run["out"])
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string((files("rsground_nb") / "assets" / "report.html").read_text(encoding="utf-8"))
     stages, sft, grpo = pd.read_csv(out / "stages.csv"), pd.read_csv(out / "sft" / "log.csv"), pd.read_csv(out / "grpo" / "log.csv")
-    held_out, cards = gallery(out, run["data"], run["scale"], run["seed"])
+    judged, cards = gallery(out, run["data"], run["scale"], run["seed"])
     rewards = {f"rewards/{n}_reward/mean": n for n in ("format", "iou", "positional")}
     page = template.render(
-        run=run, cards=cards, held_out=held_out, verdict=verdict(stages), silent=bool((grpo["frac_reward_zero_std"] == 1).all()),
+        run=run, cards=cards, judged=judged, verdict=verdict(stages), silent=silent(grpo),
         titles={name: title_of(name) for name in run["chapters"]}, metrics=pd.read_csv(out / "metrics.csv").to_dict("records"), stages=stages.to_dict("records"),
         sft_curve=as_data_url(curves(sft, {"loss": "loss"}, "nats per token")), reward_curve=as_data_url(curves(grpo, rewards, "mean reward")),
         weight_curve=as_data_url(curves(grpo, {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "share of silent groups"}, "")))
@@ -195,6 +196,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
 
 def parser():
+    "The options of `rsground`. A value that was not given is None, so that --resume can tell."
     main = Parser(prog="rsground", description="Learn and run reasoning-based visual grounding on aerial images.")
     commands = main.add_subparsers(dest="command", required=True, parser_class=Parser)
     run = commands.add_parser("run", allow_abbrev=False, help="execute all chapters and write a report")

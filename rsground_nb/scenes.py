@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'GROUNDS', 'SHAPES', 'MARGIN', 'ENDS', 'RELATIONS', 'RULES', 'circle', 'Thing', 'place', 'Scene',
            'clear_of', 'make_scene', 'draw_ground', 'draw_scene', 'same_kind', 'by_name', 'by_end', 'third',
-           'cell_name', 'by_cell', 'by_size', 'by_relation', 'expressions', 'as_png', 'choose', 'scene_records']
+           'cell_name', 'place_words', 'by_cell', 'by_size', 'by_relation', 'expressions', 'as_png', 'choose',
+           'scene_records']
 
 # %% ../nbs/02_scenes.ipynb #1920d200
 import io
@@ -43,7 +44,7 @@ class Thing:
     def centre(self): x1, y1, x2, y2 = self.box; return (x1 + x2) / 2, (y1 + y2) / 2
 
     @property
-    def area(self): x1, y1, x2, y2 = self.box; return (x2 - x1) * (y2 - y1)
+    def area(self): (x, y), (u, v) = self.outline.T, np.roll(self.outline, 1, 0).T; return abs((x * v - u * y).sum()) / 2
 
 # %% ../nbs/02_scenes.ipynb #c2268e30
 def place(
@@ -137,17 +138,23 @@ def cell_name(column, row):
     words = [("top", "", "bottom")[row + 1], ("left", "", "right")[column + 1]]
     return " ".join(w for w in words if w) or "centre"
 
+def place_words(column, row):
+    "'in the top left', 'at the top', 'on the left', 'in the centre', ..."
+    return f"{'at' if column == 0 != row else 'on' if row == 0 != column else 'in'} the {cell_name(column, row)}"
+
 def by_cell(scene, thing):
-    "'the ship in the top left', if no other ship touches that ninth of the image."
-    def cell(t, margin): return tuple(third(c, scene.side, margin) for c in t.centre)
-    mine = cell(thing, 0.03 * scene.side)
-    rivals = [t for t in same_kind(scene, thing.category) if t is not thing]
-    if None in mine or any(all(r in (m, None) for r, m in zip(cell(t, 0.03 * scene.side), mine)) for t in rivals): return
-    yield f"the {thing.category} in the {cell_name(*mine)}"
+    "'the ship in the top left', if no other ship has its centre there or within 3 % of there; for a side, nowhere in that third."
+    def cell(t): return tuple(third(c, scene.side, 0.03 * scene.side) for c in t.centre)
+    mine = cell(thing)
+    if None in mine: return
+    side_only = 0 in mine and mine != (0, 0)
+    rivals = [cell(t) for t in same_kind(scene, thing.category) if t is not thing]
+    in_the_way = [all(r in (m, None) or (side_only and m == 0) for r, m in zip(rival, mine)) for rival in rivals]
+    if not any(in_the_way): yield f"the {thing.category} {place_words(*mine)}"
 
 # %% ../nbs/02_scenes.ipynb #4a0cbde1
 def by_size(scene, thing):
-    "'the largest ship' or 'the smallest ship', by a factor of 1.4 in box area."
+    "'the largest ship' or 'the smallest ship', by a factor of 1.4 in area."
     rivals = [t.area for t in same_kind(scene, thing.category) if t is not thing]
     if rivals and thing.area > 1.4 * max(rivals): yield f"the largest {thing.category}"
     if rivals and 1.4 * thing.area < min(rivals): yield f"the smallest {thing.category}"
@@ -159,7 +166,7 @@ def by_relation(scene, thing):
         for words, (axis, sign) in RELATIONS.items():
             lead = {id(t): sign * (t.centre[axis] - anchor.centre[axis]) for t in same_kind(scene, thing.category)}
             others = [v for k, v in lead.items() if k != id(thing)]
-            if lead[id(thing)] > MARGIN * scene.side and all(v < 0 for v in others): yield f"the {thing.category} {words} {name}"
+            if lead[id(thing)] > MARGIN * scene.side and all(v < -MARGIN * scene.side for v in others): yield f"the {thing.category} {words} {name}"
 
 RULES = {"name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation}
 

@@ -17,9 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from .cot import synthesise
 from .data import load_data
 from .model import codec_of, fingerprint, load_vlm, lora_config
-from .scale import Scale, finish_stage, get_scale, stage_ready, start
+from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 
-# %% ../nbs/06_sft.ipynb #17993e3d
+# %% ../nbs/06_sft.ipynb #47782cb3
 def sft_trainer(
     model, processor,
     chains: Dataset,     # of `cot.synthesise`: prompt, image, completion
@@ -30,8 +30,10 @@ def sft_trainer(
 ) -> SFTTrainer:
     "TRL's trainer with LoRA on the language part and the vision tower frozen."
     gpu = torch.cuda.is_available()
+    per_pass = min(scale.sft_batch_size, scale.rows_per_pass)
     settings = dict(
-        output_dir=str(out), max_steps=scale.sft_steps, per_device_train_batch_size=scale.sft_batch_size, learning_rate=scale.sft_learning_rate,
+        output_dir=str(out), max_steps=scale.sft_steps, per_device_train_batch_size=per_pass, gradient_accumulation_steps=scale.sft_batch_size // per_pass,
+        learning_rate=scale.sft_learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, scale.sft_steps // 20), logging_steps=max(1, scale.sft_steps // 20), save_strategy="no", report_to="none",
         max_length=None, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu, seed=seed)
     return SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
@@ -55,7 +57,7 @@ def sft_stage(
     out: str | Path,  # the run's folder; this stage writes to `sft` inside it
 ) -> Path:
     "Folder of the CoT-SFT model of a run: `sft/model`. Trains it unless it is there. Raises ValueError if `out` belongs to another run."
-    folder, settings = Path(out) / "sft", dict(data=str(data), scale=scale, seed=seed)
+    folder, settings = Path(out) / "sft", settings_of(data, scale, seed)
     if stage_ready(folder, **settings): return folder / "model"
     size = get_scale(scale)
     start(seed)

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
 from rsground_nb.boxes import GRID, Codec, iou, parse_completion, smart_resize
@@ -8,6 +8,7 @@ side = st.integers(1, 4000)
 coordinate = st.floats(-50, 1000, allow_nan=False)
 
 
+@settings(max_examples=3000)
 @given(side, side, st.sampled_from([(28, 3136, 12544), (28, 3136, 1003520), (32, 4096, 50176)]))
 def test_smart_resize_is_the_processors_own(height, width, limits):
     if max(height, width) > 200 * min(height, width):

@@ -46,6 +46,29 @@ def test_a_bad_object_is_listed_and_keeps_its_number(shared, tmp_path, case, mes
     assert records[0] is None and len(records) == len(open_xml(root / "Annotations" / "00001.xml").findall("object"))
 
 
+def test_a_declared_size_that_is_not_the_images_is_listed(shared, tmp_path):
+    root = folder_with(shared, tmp_path, "wrong_declared_size.xml")
+    records, problems = read_file(root / "Annotations" / "00001.xml", root / "JPEGImages")
+    assert records == [None] * len(problems) and problems and "declared 800x800, image is 64x48" in problems[0]
+
+
+def test_a_folder_without_a_usable_row_is_refused_and_an_empty_split_is_listed(shared, tmp_path):
+    root = tmp_path / "mini"
+    shutil.copytree(shared / "bad_inputs" / "control", root)
+    (root / "val.txt").write_text("")
+    splits, problems = load_dior_rsvg(root)
+    assert "val" not in splits and problems == ["val.txt: no usable row, the split is left out"]
+    (root / "train.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no usable rows in train.txt"): load_data(str(root), get_scale("smoke"), 0)
+
+
+def test_an_image_that_is_no_image_is_refused(shared, tmp_path):
+    root = tmp_path / "mini"
+    shutil.copytree(shared / "bad_inputs" / "control", root)
+    (root / "JPEGImages" / "00001.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="image 00001.jpg cannot be read"): load_dior_rsvg(root)
+
+
 def test_a_byte_order_mark_is_no_defect(shared, tmp_path):
     root = folder_with(shared, tmp_path, "bom.xml")
     records, problems = read_file(root / "Annotations" / "00001.xml", root / "JPEGImages")

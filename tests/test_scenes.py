@@ -1,4 +1,7 @@
+import re
+
 import numpy as np
+from shapely import Polygon
 
 from rsground_nb.scenes import RELATIONS, draw_scene, expressions, make_scene
 
@@ -10,18 +13,18 @@ def holds(text, thing, scene):
         axis, sign = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}[words[1]]
         return thing.category == words[2] and sign * thing.centre[axis] >= max(sign * t.centre[axis] for t in scene.things if t.category == words[2])
     if words[1] in ("largest", "smallest"):
-        best = (max if words[1] == "largest" else min)((t for t in scene.things if t.category == words[2]), key=lambda t: t.area)
+        best = (max if words[1] == "largest" else min)((t for t in scene.things if t.category == words[2]), key=lambda t: Polygon(t.outline).area)
         return thing is best
     for relation, (axis, sign) in RELATIONS.items():
         if f" {relation} the " in text:
             colour, category = text.split(f" {relation} the ")[1].split()
             anchor = next(t for t in scene.things if (t.colour, t.category) == (colour, category))
             return thing.category == words[1] and sign * (thing.centre[axis] - anchor.centre[axis]) > 0
-    if " in the " in text:
-        where = text.split(" in the ")[1]
+    place = re.search(r" (?:in|on|at) the ([a-z ]+)$", text)
+    if place:
         column, row = (int(3 * c / scene.side) for c in thing.centre)
-        name = " ".join(w for w in (("top", "", "bottom")[row], ("left", "", "right")[column]) if w) or "centre"
-        return thing.category == words[1] and name == where
+        here = {"left": column == 0, "right": column == 2, "top": row == 0, "bottom": row == 2, "centre": (column, row) == (1, 1)}
+        return thing.category == words[1] and all(here[word] for word in place.group(1).split())
     return (thing.colour, thing.category) == (words[1], words[2])
 
 

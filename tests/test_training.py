@@ -12,7 +12,7 @@ from rsground_nb.model import codec_of, fingerprint, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
 
-SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24)
+SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
 
 
 def short_path(folder, seed):
