@@ -6,7 +6,7 @@
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF', 'make_tokenizer', 'GroundingProcessor',
            'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor', 'load_vlm', 'codec_of',
            'generate_answers', 'lora_config', 'fingerprint', 'box_text', 'names_of', 'naming_questions', 'echo',
-           'make_batch', 'scene_bank', 'pretrain', 'save_log', 'save_tiny']
+           'make_batch', 'scene_bank', 'most_objects', 'pretrain', 'save_log', 'save_tiny']
 
 # %% ../nbs/04_model.ipynb #8b32e77e
 import hashlib
@@ -86,7 +86,7 @@ def tiny_config(tokenizer) -> Qwen2_5_VLConfig:
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
     text = dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
                 max_position_embeddings=1024, initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]})
+                rope_parameters={"rope_type": "default", "rope_theta": 30.0, "mrope_section": [4, 6, 6]})
     vision = dict(depth=2, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=28, spatial_merge_size=1, temporal_patch_size=1, out_hidden_size=128,
                   window_size=112, fullatt_block_indexes=[0, 1], initializer_range=0.06)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, initializer_range=0.06, tie_word_embeddings=True, image_token_id=ids["image_pad"],
@@ -233,17 +233,22 @@ def make_batch(processor, pixels, grids, dialogues, device="cpu"):
 def scene_bank(processor, count, seed):
     "`count` scenes with their processed pixels (16 bit) and grids."
     rng = np.random.default_rng([seed, 4])
-    scenes = [make_scene(rng) for _ in range(count)]
+    scenes = [make_scene(rng, fewest=1) for _ in range(count)]
     seen = [processor.image_processor([draw_scene(s, rng)], return_tensors="pt") for s in scenes]
     return scenes, torch.stack([s.pixel_values.half() for s in seen]), torch.cat([s.image_grid_thw for s in seen])
 
 # %% ../nbs/04_model.ipynb #0c95e136
+def most_objects(progress):
+    "How many objects a picture may hold at a share of the training: 1, 2, 3, then any number."
+    return next((n for n, until in ((1, 0.15), (2, 0.3), (3, 0.5)) if progress < until), 99)
+
+# %% ../nbs/04_model.ipynb #e6f096d0
 def pretrain(
     steps: int,
     out: str | Path,            # folder for weights, processor and pretrain.csv
     seed: int = 0,
-    num_scenes: int = 10000,
-    batch_size: int = 16,
+    num_scenes: int = 6000,
+    batch_size: int = 32,       # answers per step
     learning_rate: float = 1e-3,
     log_every: int = 50,
     save_every: int = 1000,
@@ -258,10 +263,10 @@ def pretrain(
     model.train()
     for step in range(1, steps + 1):
         chosen, dialogues = [], []
-        while len(dialogues) < batch_size:
+        while sum(map(len, dialogues)) < batch_size:
             k = int(rng.integers(num_scenes))
             found = naming_questions(scenes[k], rng, colour_only=step < steps / 3)
-            if found:
+            if found and len(scenes[k].things) <= most_objects(step / steps):
                 chosen.append(k)
                 dialogues.append([found[i] for i in rng.permutation(len(found))[:3]] + [echo(rng)] * (rng.random() < 0.3))
         loss = model(**make_batch(processor, pixels[chosen].flatten(0, 1), grids[chosen], dialogues)).loss
