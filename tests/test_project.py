@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from write_readme import readme_text
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index")
 MODULES = [p.stem.split("_", 1)[1] for p in NOTEBOOKS]
@@ -18,8 +19,12 @@ def cells(path): return nbformat.read(path, as_version=4).cells
 
 
 def test_readme_is_the_index_notebook():
-    text = "\n\n".join(c.source for c in cells(ROOT / "nbs" / "index.ipynb"))
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == text + "\n", "write README.md anew: python tests/write_readme.py"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "write README.md anew: python tests/write_readme.py"
+
+
+def test_the_pictures_of_the_readme_exist():
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert pictures and all((ROOT / p).is_file() for p in pictures)
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
