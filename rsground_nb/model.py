@@ -159,8 +159,8 @@ def generate_answers(
     answers = []
     for k in range(0, len(texts), batch_size):
         batch = processor(text=texts[k:k + batch_size], images=[[i.convert("RGB")] for i in images[k:k + batch_size]], padding=True, return_tensors="pt").to(model.device)
-        plain = dict(do_sample=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # not what a hub model's own settings say
-        made = model.generate(**batch, max_new_tokens=max_new_tokens, **{**plain, **kwargs})
+        plain = dict(temperature=1.0, top_k=0, top_p=1.0) if kwargs.get("do_sample") else dict(do_sample=False)  # not what a hub model's own settings say
+        made = model.generate(**batch, max_new_tokens=max_new_tokens, **{"repetition_penalty": 1.0, **plain, **kwargs})
         answers += processor.batch_decode(made[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
     return answers
 
