@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'new_run', 'run_chapters',
            'as_data_url', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser', 'parser', 'free_folder',
-           'run_to_resume', 'run_command', 'main']
+           'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -228,6 +229,19 @@ def run_to_resume(args):
     return run
 
 # %% ../nbs/90_run.ipynb #e5f63d51
+def listen_for_ctrl_c():
+    "(pressed, restore): a list that fills when Ctrl-C is pressed, which also ends all kernels of this process; a function that puts the old handler back."
+    import psutil
+
+    pressed = []
+    def stop(number, frame):
+        pressed.append(number)
+        for child in psutil.Process().children(recursive=True): child.kill()
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, stop)
+    return pressed, lambda: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/90_run.ipynb #cbf5c205
 def run_command(args):
     "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input) or 130 (interrupted)."
     try:
@@ -240,14 +254,19 @@ def run_command(args):
         return 2
     began, shown = time.time(), os.path.relpath(run["out"])
     print(f"{shown}: scale {run['scale']}, seed {run['seed']}, data {run['data']}", flush=True)
-    try: run_chapters(run, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        print(f"\nrsground: interrupted; continue with: rsground run --resume --out {shown}", file=sys.stderr)
-        return 130
-    except Exception as e:
+    pressed, restore = listen_for_ctrl_c()
+    def say(line):
+        print(line, flush=True)
+        if pressed: raise KeyboardInterrupt
+    try: run_chapters(run, say=say)
+    except (KeyboardInterrupt, Exception) as e:
+        if pressed or isinstance(e, KeyboardInterrupt):
+            print(f"\nrsground: interrupted; continue with: rsground run --resume --out {shown}", file=sys.stderr)
+            return 130
         what = f"{e.ename}: {e.evalue}" if hasattr(e, "evalue") else f"{type(e).__name__}: {e}"
         print(f"rsground: a chapter failed with {what}\nThe notebooks as far as they came are in {shown}/notebooks; after mending: rsground run --resume --out {shown}", file=sys.stderr)
         return 1
+    finally: restore()
     print(f"done in {(time.time() - began) / 60:.1f} minutes. Open {shown}/report.html")
     return 0
 
