@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['GRID', 'NUMBER', 'BOX', 'TRUE_COLOUR', 'PREDICTED_COLOUR', 'iou', 'smart_resize', 'Codec', 'Parsed', 'between',
-           'parse_completion', 'completion_box', 'draw_boxes']
+           'parse_completion', 'completion_box', 'draw_boxes', 'encode_mask', 'decode_mask', 'mask_box']
 
 # %% ../nbs/01_boxes.ipynb #b3a3fb30
+import json
 import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
 # %% ../nbs/01_boxes.ipynb #1d13be9a
 def iou(
@@ -135,3 +138,24 @@ def draw_boxes(
         if box is None or box[0] >= box[2] or box[1] >= box[3]: continue
         pen.rectangle([v * zoom for v in box], outline=colour, width=2)
     return picture
+
+# %% ../nbs/01_boxes.ipynb #357c3517
+def encode_mask(
+    mask: np.ndarray,  # (height, width), true where the object is
+) -> str:
+    "The mask as JSON text `{\"size\": [height, width], \"counts\": ...}` with COCO's compressed run lengths."
+    runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
+
+def decode_mask(
+    text: str,  # of `encode_mask`
+) -> np.ndarray:
+    "(height, width) array of bool."
+    return coco_mask.decode(json.loads(text)).astype(bool)
+
+def mask_box(
+    text: str,  # of `encode_mask`
+) -> tuple | None:
+    "(x1, y1, x2, y2) around the mask in pixels, right and bottom edge included; None for an empty mask."
+    x, y, w, h = coco_mask.toBbox(json.loads(text)).tolist()
+    return (x, y, x + w, y + h) if w and h else None
