@@ -27,6 +27,7 @@ import PIL.Image
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from .boxes import encode_mask, mask_box, parse_completion
 
@@ -142,7 +143,7 @@ def open_xml(
     data = path.read_bytes()
     if not data.strip(): raise Defect("unreadable", "empty annotation file")
     try: return fromstring(data), data
-    except DefusedXmlException: raise Defect("unsafe", "entity declarations are not allowed") from None
+    except DefusedXmlException: raise Defect("unreadable", "entity declarations are not allowed") from None
     except ParseError as e:
         read_text(path)  # says so if the encoding is the trouble
         what = "cut off" if e.code in (3, 5) else "broken"  # expat: no element found, unclosed token
@@ -187,7 +188,7 @@ class ImageFolder:
 
     def find(self, name: str) -> Path | None:
         "Where the image is. Raises Defect for a name that leads elsewhere or to nothing."
-        plain = PurePosixPath(str(name).strip().replace("\\", "/"))
+        plain = PurePosixPath(str(name).replace("\\", "/"))
         if not plain.name or plain.is_absolute() or ":" in plain.parts[0]: raise Defect("unsafe", f"file name must be a plain name, not {str(name)[:60]!r}")
         if ".." in plain.parts: raise Defect("unsafe", f"file name leaves the image folder: {str(name)[:60]!r}")
         if self.folders is None: return None
@@ -206,10 +207,10 @@ class ImageFolder:
         return self.sizes[path]
 
 # %% ../nbs/02b_files.ipynb #518f0f85
-def line_of(data: bytes, k: int) -> int:
-    "The line of the k-th <object> in an XML file."
-    starts = [m.start() for m in re.finditer(rb"<object[\s>]", data)]
-    return data.count(b"\n", 0, starts[k]) + 1
+def line_of(data: bytes, tag: str, k: int = 0) -> int | None:
+    "The line of the k-th <tag> in an XML file; None if there are not so many."
+    starts = [m.start() for m in re.finditer(rf"<{tag}[\s/>]".encode(), data)]
+    return data.count(b"\n", 0, starts[k]) + 1 if k < len(starts) else None
 
 def read_xml(
     path: Path,
@@ -224,7 +225,7 @@ def read_xml(
         image = images.find(name)
         declared = root.find("size") is not None and tuple(int(number(root.findtext(f"size/{side}"), side)) for side in ("width", "height"))
         width, height = images.size(image, declared)
-    except Defect as e: return [None] * len(elements), [Finding(e.kind, str(e), path.name)]
+    except Defect as e: return [None] * len(elements), [Finding(e.kind, str(e), path.name, line_of(data, "size" if e.kind == "size mismatch" else "filename"))]
 
     def row(item):
         k, element = item
@@ -234,7 +235,7 @@ def read_xml(
                     width=width, height=height, category=element.findtext("name"), source=root.findtext("source/database"))
 
     rows, findings = collect(((None, f"object {k}", (k, e)) for k, e in enumerate(elements)), path.name, row)
-    return rows, [f._replace(line=line_of(data, int(f.where.split()[1]))) for f in findings]
+    return rows, [f._replace(line=line_of(data, "object", int(f.where.split()[1]))) for f in findings]
 
 # %% ../nbs/02b_files.ipynb #74dfd860
 def read_index(
@@ -261,12 +262,15 @@ def read_dior_rsvg(
 ) -> tuple:
     "(rows, findings), the rows split by split in the order of the index files."
     objects, findings, rows, used = [], [], [], set()
-    for path in sorted((root / "Annotations").glob("*.xml")):
+    for path in tqdm(sorted((root / "Annotations").glob("*.xml")), desc="reading annotations", unit=" files", delay=3):
         try: found, odd = read_xml(path, images)
         except Defect as e: found, odd = [], [Finding(e.kind, str(e), path.name)]
         objects += found
         findings += odd
     indices = {s: p for s in SPLITS for p in (root / "split" / f"{s}.txt", root / f"{s}.txt") if p.is_file()}
+    if any(f.kind == "unreadable" for f in findings):
+        findings.append(Finding("index", "a file that cannot be read hides how many objects it holds: the index files cannot be used", root.name))
+        return [{**r, "split": "unknown"} for r in objects if r], findings
     if not indices: findings.append(Finding("index", "train.txt not found: nothing says which objects are for training", root.name))
     for split, path in indices.items():
         chosen, odd = read_index(path, len(objects))
@@ -597,7 +601,7 @@ def read_rows(
     read = read_xml if format == "dior_rsvg" else layout.read
     files = [(s, f) for s, pattern in layout.files.items() for f in sorted(path.glob(pattern))] if path.is_dir() else [("", path)]
     rows, findings = [], lost
-    for split, file in files:
+    for split, file in tqdm(files, desc="reading annotations", unit=" files", delay=3):
         name = file.relative_to(root).as_posix()
         try: found, odd = read(file, known)
         except Defect as e: found, odd = [], [Finding(e.kind, str(e), name)]

@@ -25,7 +25,7 @@ from pathlib import Path
 from .scale import get_scale
 
 # %% ../nbs/90_run.ipynb #9b348fb3
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "03_data", "04_model", "05_cot", "06_sft", "07_rewards", "08_consistency", "09_grpo", "10_evaluate", "90_run"]
+CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "04_model", "05_cot", "06_sft", "07_rewards", "08_consistency", "09_grpo", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -203,9 +203,16 @@ def parser():
     run = commands.add_parser("run", allow_abbrev=False, help="execute all chapters and write a report")
     run.add_argument("--scale", help="smoke (default), workshop or gpu")
     run.add_argument("--seed", type=int, help="default 0")
-    run.add_argument("--data", help='"scenes" (default) or a folder in the DIOR-RSVG layout')
+    run.add_argument("--data", help='"scenes" (default) or a folder in one of the layouts of chapter 02b')
     run.add_argument("--out", help="folder of the run; default runs/<data>-<scale>-<seed>")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest unfinished one in runs/")
+    data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
+    doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
+    doctor.add_argument("path", help="a dataset's folder, or one of its files")
+    doctor.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    doctor.add_argument("--images", help="the image folder, if it is not the layout's own")
+    doctor.add_argument("--manifest", help="write the good rows as JSON lines into this new file")
+    doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
     return main
 
 # %% ../nbs/90_run.ipynb #4fa51fa0
@@ -274,4 +281,7 @@ def main(
     argv=None,  # list of words; default: the command line
 ) -> int:
     "Entry point of `rsground`."
-    return run_command(parser().parse_args(argv))
+    args = parser().parse_args(argv)
+    if args.command == "run": return run_command(args)
+    from rsground_nb.doctor import doctor
+    return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)
