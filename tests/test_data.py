@@ -1,8 +1,14 @@
-import shutil
+import os
 
+import nbformat
+import numpy as np
+import papermill
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from rsground_nb.data import load_data, load_dior_rsvg, open_xml, read_file, read_index, split_hash
+from conftest import ROOT
+from rsground_nb.data import FEATURES, compare_rows, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset
+from rsground_nb.files import read_rows
 from rsground_nb.scale import get_scale
 
 HASHES = {"train": "4231ca82e1b0c053f30ca45652df643edfc4151283ff34716b9d836d04706487",
@@ -11,78 +17,82 @@ HASHES = {"train": "4231ca82e1b0c053f30ca45652df643edfc4151283ff34716b9d836d0470
 
 
 def test_the_splits_of_real_crops_are_those_of_their_makers(shared):
-    splits, problems = load_dior_rsvg(shared / "aerial_mini")
+    splits, findings = load_folder(shared / "aerial_mini")
     assert {name: split_hash(rows) for name, rows in splits.items()} == HASHES
-    assert problems == []
+    assert findings == []
     for rows in splits.values():
+        assert rows.features == FEATURES
         for row in rows: assert row["image"].size == (row["width"], row["height"])
 
 
-def folder_with(shared, tmp_path, case):
-    """The valid control folder with its annotation replaced by a broken one."""
-    root = tmp_path / "mini"
-    shutil.copytree(shared / "bad_inputs" / "control", root)
-    (root / "Annotations" / "00001.xml").write_bytes((shared / "bad_inputs" / "dior_xml" / case).read_bytes())
-    return root
+def test_the_executed_chapter_shows_sizes_hashes_and_categories_of_real_crops(shared, tmp_path):
+    papermill.execute_notebook(str(ROOT / "nbs" / "03_data.ipynb"), str(tmp_path / "out.ipynb"), parameters=dict(data=str(shared / "aerial_mini"), out=str(tmp_path / "run")), progress_bar=False, cwd=tmp_path)
+    shown = "\n".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", []))
+    for name, count in (("train", 168), ("val", 44), ("test", 70)):
+        assert any(line.split() == [name, HASHES[name]] for line in shown.splitlines())
+        assert any(line.split()[:2] == [name, str(count)] for line in shown.splitlines())
+    for category, count in (("car", 230), ("tree", 38), ("minibus", 8), ("bus", 6)):
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [category])
+        assert sum(map(int, line.split()[1:])) == count
 
 
-@pytest.mark.parametrize("case, message", [
-    ("truncated.xml", "cut off"), ("empty_file.xml", "empty annotation file"), ("billion_laughs.xml", "entity declarations are not allowed"),
-    ("external_entity.xml", "entity declarations are not allowed"), ("absolute_path.xml", "must be a plain name"), ("dotdot_path.xml", "must be a plain name"),
-    ("missing_image.xml", "not found")])
-def test_an_unreadable_annotation_file_is_refused_by_name(shared, tmp_path, case, message):
-    with pytest.raises(ValueError, match=message) as error: load_dior_rsvg(folder_with(shared, tmp_path, case))
-    assert "00001.xml" in str(error.value) and "CANARY" not in str(error.value)
+def test_what_comes_from_the_cache_is_what_was_read(shared, tmp_path):
+    first, again = (load_folder(shared / "rsvg_hr", cache=tmp_path) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert {k: split_hash(v) for k, v in first[0].items()} == {k: split_hash(v) for k, v in again[0].items()} and first[1] == again[1] and len(first[1]) == 24
+    assert {k: len(v) for k, v in again[0].items()} == {"train": 2149, "test": 499}
 
 
-@pytest.mark.parametrize("case, message", [
-    ("missing_bndbox.xml", "no bndbox"), ("inverted_box.xml", "box is inverted"), ("zero_area_box.xml", "no area"), ("box_outside.xml", "leaves the image"),
-    ("nan_coord.xml", "xmin is not a finite number"), ("text_coord.xml", "xmin is not a number: 'five'"), ("huge_float.xml", "xmax is not a finite number"),
-    ("huge_int.xml", "xmax is not"), ("empty_description.xml", "no expression")])
-def test_a_bad_object_is_listed_and_keeps_its_number(shared, tmp_path, case, message):
-    root = folder_with(shared, tmp_path, case)
-    records, problems = read_file(root / "Annotations" / "00001.xml", root / "JPEGImages")
-    assert len(problems) == 1 and message in problems[0] and "object 0" in problems[0]
-    assert records[0] is None and len(records) == len(open_xml(root / "Annotations" / "00001.xml").findall("object"))
+def test_the_cache_notices_a_changed_file(tmp_path):
+    path = tmp_path / "data" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"image": "a.jpg", "expression": "the ship", "box": [1, 2, 3, 4]}')
+    before = fingerprint(path.parent), fingerprint(path)
+    os.utime(path, (1, 1))
+    assert fingerprint(path.parent) != before[0] and fingerprint(path) != before[1]
 
 
-def test_a_declared_size_that_is_not_the_images_is_listed(shared, tmp_path):
-    root = folder_with(shared, tmp_path, "wrong_declared_size.xml")
-    records, problems = read_file(root / "Annotations" / "00001.xml", root / "JPEGImages")
-    assert records == [None] * len(problems) and problems and "declared 800x800, image is 64x48" in problems[0]
+def test_a_cache_that_cannot_be_written_is_said_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rsvg_hr_train.txt").write_text("a.jpg,1,2,30,40,the pool\n")
+    with pytest.warns(UserWarning, match="cannot be written"): splits, _ = load_folder(tmp_path / "data", cache=tmp_path / "file" / "cache")
+    assert len(splits["train"]) == 1
 
 
-def test_a_folder_without_a_usable_row_is_refused_and_an_empty_split_is_listed(shared, tmp_path):
-    root = tmp_path / "mini"
-    shutil.copytree(shared / "bad_inputs" / "control", root)
-    (root / "val.txt").write_text("")
-    splits, problems = load_dior_rsvg(root)
-    assert "val" not in splits and problems == ["val.txt: no usable row, the split is left out"]
-    (root / "train.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no usable rows in train.txt"): load_data(str(root), get_scale("smoke"), 0)
+def test_a_folder_that_is_not_a_dataset_is_refused_in_one_sentence(shared, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"): load_data("no/such/folder", get_scale("smoke"), 0)
+    with pytest.raises(ValueError, match="none of the known layouts"): load_data(str(tmp_path), get_scale("smoke"), 0)
+    with pytest.raises(ValueError, match="has no images"): load_data(str(shared / "rsvg_hr"), get_scale("smoke"), 0)
 
 
-def test_an_image_that_is_no_image_is_refused(shared, tmp_path):
-    root = tmp_path / "mini"
-    shutil.copytree(shared / "bad_inputs" / "control", root)
-    (root / "JPEGImages" / "00001.jpg").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="image 00001.jpg cannot be read"): load_dior_rsvg(root)
+def rows_of(counts):
+    """Image k holds counts[k] rows."""
+    return {"train": to_dataset([dict(image_id=f"{k}.jpg", box=(j, 0, j + 1, 1), expression=f"thing {j}", split="train") for k, n in enumerate(counts) for j in range(n)])}
 
 
-def test_a_byte_order_mark_is_no_defect(shared, tmp_path):
-    root = folder_with(shared, tmp_path, "bom.xml")
-    records, problems = read_file(root / "Annotations" / "00001.xml", root / "JPEGImages")
-    assert len(records) == 2 and not problems
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=3, max_size=40), st.integers(0, 1000))
+def test_a_disjoint_split_loses_no_row_and_shares_no_image(counts, seed):
+    before, after = rows_of(counts), resplit(rows_of(counts), seed=seed)
+    images = [set(rows["image_id"]) for rows in after.values()]
+    assert all(not a & b for i, a in enumerate(images) for b in images[:i])
+    assert sorted((r["image_id"], r["expression"]) for rows in after.values() for r in rows) == sorted((r["image_id"], r["expression"]) for r in before["train"])
+    assert all(set(rows["split"]) == {name} for name, rows in after.items())
+    assert {k: split_hash(v) for k, v in after.items()} == {k: split_hash(v) for k, v in resplit(rows_of(counts), seed=seed).items()}
 
 
-@pytest.mark.parametrize("case, message", [("out_of_range", "index 2 of 2 objects .line 2"), ("duplicate", "index 1 repeated .line 3"), ("negative", "negative index -1 .line 2"),
-                                           ("non_integer", "line 2 is not an integer: '00001.xml'")])
-def test_a_bad_index_is_refused_with_its_line(shared, case, message):
-    with pytest.raises(ValueError, match=message): read_index(shared / "bad_inputs" / "index" / f"{case}.txt", 2)
+def test_a_split_has_the_asked_shares():
+    after = resplit(rows_of([1] * 1000), "random", shares=(0.7, 0.1, 0.2))
+    assert {k: len(v) for k, v in after.items()} == {"train": 700, "val": 100, "test": 200}
 
 
-def test_windows_line_ends_are_no_defect(shared):
-    assert read_index(shared / "bad_inputs" / "index" / "crlf.txt", 2) == [0, 1]
+def test_rows_that_repeat_each_other_are_named(shared):
+    _, rows, _ = read_rows(shared / "rsvg_hr")
+    said = [str(f) for f in compare_rows(rows)]
+    for line, other in ((146, 610), (147, 697), (148, 778)): assert f"rsvg_hr_test.txt, line {line}: row repeats rsvg_hr_train.txt, line {other}" in said
+    assert "rsvg_hr_test.txt, line 434: same image and box as rsvg_hr_train.txt, line 1638, another text" in said
+    assert "test: 46 images are in train and test (47 rows of test)" in said and len(said) == 5
 
 
 def test_scenes_are_the_same_for_the_same_seed():
@@ -90,3 +100,11 @@ def test_scenes_are_the_same_for_the_same_seed():
     assert {k: split_hash(v) for k, v in first.items()} == {k: split_hash(v) for k, v in again.items()}
     assert first["train"][0]["image"].tobytes() == again["train"][0]["image"].tobytes()
     assert split_hash(first["train"]) != split_hash(other["train"])
+
+
+def test_a_search_finds_rows_by_words_and_category(shared):
+    splits, _ = load_folder(shared / "aerial_mini")
+    found = find_rows(splits["train"], "left", "car")
+    assert found and all("left" in splits["train"][k]["expression"].lower() and splits["train"][k]["category"] == "car" for k in found)
+    sizes, kinds = describe(splits)
+    assert sizes.N.tolist() == [168, 44, 70] and kinds.to_numpy().sum() == 282 and np.all(np.diff(kinds.sum(axis=1)) <= 0)

@@ -1,0 +1,243 @@
+"""Every layout, on small folders made here."""
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from rsground_nb.boxes import decode_mask, encode_mask, mask_box
+from rsground_nb.data import load_folder
+from rsground_nb.files import LAYOUTS, Defect, ImageFolder, coco_runs, guess_format, number, open_pickle, read_index, read_rows, read_xml, run_lengths
+
+OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>\n"
+
+
+def picture(path, size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "grey").save(path)
+
+
+def mask_picture(path, box, size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    mask[box[1]:box[3], box[0]:box[2]] = 255
+    Image.fromarray(mask).save(path)
+    return mask > 0
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+
+
+def annotation(root, stem, objects):
+    picture(root / "JPEGImages" / f"{stem}.jpg")
+    write(root / "Annotations" / f"{stem}.xml", f"<annotation><filename>{stem}.jpg</filename><size><width>64</width><height>48</height></size>\n{''.join(objects)}</annotation>")
+
+
+def coco_file(annotations):
+    return dict(images=[dict(id=1, file_name="a.jpg", width=64, height=48)], categories=[dict(id=1, name="ship"), dict(id=2, name="bridge")], annotations=annotations)
+
+
+def make_dior(root):
+    annotation(root, "00007", [OBJECT.format("ship", 1, 2, 30, 20, "<description>The left ship</description>"), OBJECT.format("ship", 40, 2, 60, 20, "<description>The right ship</description>")])
+    annotation(root, "00009", [OBJECT.format("bridge", 5, 5, 50, 40, "<description>The bridge</description>")])
+    write(root / "train.txt", "0\n2\n")
+    write(root / "test.txt", "1\n")
+    return [("train", "The left ship", [1, 2, 30, 20]), ("train", "The bridge", [5, 5, 50, 40]), ("test", "The right ship", [40, 2, 60, 20])]
+
+
+def make_opt(root):
+    expected = make_dior(root)
+    (root / "JPEGImages").rename(root / "Image")
+    (root / "split").mkdir()
+    for name in ("train.txt", "test.txt"): (root / name).rename(root / "split" / name)
+    return expected
+
+
+def make_rsvg_hr(root):
+    picture(root / "images" / "a.jpg", (1024, 1024))
+    write(root / "Annotations" / "rsvg_hr_train.txt", "a.jpg,1.5,2,30,20,find a pool, left of a road\n")
+    write(root / "Annotations" / "rsvg_hr_test.txt", "a.jpg,5,5,50,40,a court\n")
+    return [("train", "find a pool, left of a road", [1.5, 2, 30, 20]), ("test", "a court", [5, 5, 50, 40])]
+
+
+def make_vrsbench(root):
+    for part in ("Images_train", "Images_val"): picture(root / part / f"{part}.png", (512, 512))
+    turns = [{"from": "human", "value": "<image>\n[vqa] how many?"}, {"from": "gpt", "value": "2"}, {"from": "human", "value": "[refer] where is <p>the ship</p>"}, {"from": "gpt", "value": "{<25><50><75><100>}"}]
+    write(root / "VRSBench_train.json", [dict(id=0, image="Images_train.png", conversations=turns)])
+    write(root / "VRSBench_EVAL_referring.json", [dict(image_id="Images_val.png", question="The bridge", ground_truth="{<0><25><50><75>}", question_id=7, type="ref", unique=True, obj_corner=[0, .25, .5, .25, .5, .75, 0, .75], obj_cls="bridge")])
+    return [("train", "the ship", [128, 256, 384, 512]), ("test", "The bridge", [0, 128, 256, 384])]
+
+
+def make_vrsbench_objects(root):
+    picture(root / "Images_train" / "P1.png", (512, 512))
+    write(root / "Annotations_train" / "P1.json", dict(image="P1.png", caption="", objects=[dict(obj_id=0, obj_cls="ship", obj_coord=[.25, .5, .75, 1], obj_corner=[.25, .5, .75, .5, .75, 1, .25, 1], referring_sentence="The ship at the bottom")]))
+    return [("train", "The ship at the bottom", [128, 256, 384, 512])]
+
+
+def make_refgeo(root):
+    picture(root / "images" / "avvg" / "a.jpg")
+    mask_picture(root / "masks" / "avvg" / "a_3.png", (5, 6, 30, 25))
+    row = dict(dataset="avvg", image_id="a.jpg", question_id=3, question="the car", bbox=[5, 6, 30, 25], poly=[[5, 6], [30, 6], [30, 25], [5, 25]])
+    write(root / "metainfo" / "avvg_train.jsonl", json.dumps(row) + "\n")
+    return [("train", "the car", [5, 6, 30, 25])]
+
+
+def make_refer(root):
+    picture(root / "images" / "rrsisd" / "JPEGImages" / "a.jpg")
+    mask = np.zeros((48, 64), bool)
+    mask[6:25, 5:30] = True
+    counts = run_lengths(json.loads(encode_mask(mask))["counts"])
+    write(root / "rrsisd" / "instances.json", coco_file([dict(id=9, image_id=1, category_id=1, bbox=[0, 0, 1, 1], segmentation=[dict(size=[48, 64], counts=counts)])]))
+    refs = [dict(ref_id=1, ann_id=9, image_id=1, split="val", sentences=[dict(sent_id=4, sent="the ship"), dict(sent_id=5, sent="a ship")])]
+    (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return [("val", "the ship", [5, 6, 30, 25]), ("val", "a ship", [5, 6, 30, 25])]
+
+
+def make_phrases(root):
+    picture(root / "images" / "12.tif")
+    mask_picture(root / "masks" / "12.tif", (5, 6, 30, 25))
+    write(root / "output_phrase_train.txt", "12 the road on the left\n")
+    return [("train", "the road on the left", [5, 6, 30, 25])]
+
+
+def make_yolo(root):
+    picture(root / "images" / "train" / "a.png", (100, 200))
+    write(root / "labels" / "train" / "a.txt", "0 0.5 0.5 0.2 0.2\n1 0.2 0.2 0.1 0.1\n1 0.8 0.2 0.1 0.1\n")
+    write(root / "classes.txt", "ship\ncar\n")
+    return [("train", "the ship", [40, 80, 60, 120])]
+
+
+def make_coco(root):
+    picture(root / "images" / "a.jpg")
+    write(root / "annotations" / "instances_train.json", coco_file([
+        dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19], segmentation=[[5, 6, 30, 6, 30, 25, 5, 25]]), dict(id=2, image_id=1, category_id=2, bbox=[1, 1, 9, 9]),
+        dict(id=3, image_id=1, category_id=2, bbox=[30, 1, 9, 9]), dict(id=4, image_id=1, category_id=2, bbox=[40, 1, 9, 9], caption="the bridge on the right")]))
+    return [("train", "the ship", [5, 6, 30, 25]), ("train", "the bridge on the right", [40, 1, 49, 10])]
+
+
+def make_jsonl(root):
+    picture(root / "a.jpg")
+    rows = [dict(image="a.jpg", expression="the ship", box=[1, 2, 30, 20]), dict(id=1, image="a.jpg", conversations=[{"from": "human", "value": "<image>\nGive the box this sentence describes: the car."}, {"from": "gpt", "value": '{"bbox_2d": [5, 6, 30, 25]}'}]),
+            dict(images=["a.jpg"], problem="<image>the bridge", answer=dict(bbox=[4, 4, 9, 9]))]
+    write(root / "train.jsonl", "\n".join(map(json.dumps, rows)))
+    return [("train", "the ship", [1, 2, 30, 20]), ("train", "the car.", [5, 6, 30, 25]), ("train", "the bridge", [4, 4, 9, 9])]
+
+
+def make_voc(root):
+    annotation(root, "a", [OBJECT.format("ship", 1, 2, 30, 20, ""), OBJECT.format("car", 1, 30, 9, 40, ""), OBJECT.format("car", 20, 30, 30, 40, "")])
+    return [("train", "the ship", [1, 2, 30, 20])]
+
+
+MAKERS = {"dior_rsvg": make_dior, "rsvg_hr": make_rsvg_hr, "vrsbench": make_vrsbench, "vrsbench_objects": make_vrsbench_objects, "refgeo": make_refgeo, "refer": make_refer,
+          "phrases": make_phrases, "yolo": make_yolo, "coco": make_coco, "jsonl": make_jsonl, "voc": make_voc}
+
+
+def test_every_layout_is_tested_here(): assert set(MAKERS) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("format, make", [*MAKERS.items(), ("dior_rsvg", make_opt)], ids=[*MAKERS, "opt_rsvg"])
+def test_a_layout_is_guessed_read_and_loaded(format, make, tmp_path):
+    expected = make(tmp_path)
+    guessed, rows, findings = read_rows(tmp_path, probe=True)
+    assert guessed == format
+    assert [(r["split"], r["expression"], pytest.approx(r["box"])) for r in rows] == expected
+    assert {f.kind for f in findings} <= {"ambiguous"} and len({r["expression_id"] for r in rows}) == len(rows)
+    splits, _ = load_folder(tmp_path)
+    for row in (r for rows in splits.values() for r in rows):
+        assert row["image"].size == (row["width"], row["height"])
+        if row["mask"]: assert decode_mask(row["mask"]).shape == (row["height"], row["width"])
+
+
+@pytest.mark.parametrize("make", [make_refgeo, make_refer, make_phrases, make_coco])
+def test_masks_fit_their_boxes(make, tmp_path):
+    make(tmp_path)
+    found = [r for r in read_rows(tmp_path)[1] if r["mask"]]
+    assert found
+    for row in found: assert mask_box(row["mask"]) == (5, 6, 30, 25)
+
+
+def test_names_that_an_image_holds_twice_are_listed_not_read(tmp_path):
+    make_yolo(tmp_path)
+    assert [str(f) for f in read_rows(tmp_path)[2]] == [f"labels/train/a.txt, line {line}: 2 objects are called 'the car'" for line in (2, 3)]
+
+
+@pytest.mark.parametrize("case, message, kind", [
+    ("truncated.xml", "cut off", "unreadable"), ("empty_file.xml", "empty annotation file", "unreadable"), ("billion_laughs.xml", "entity declarations", "unreadable"), ("not_utf8.xml", "not UTF-8 .byte 411", "unreadable")])
+def test_a_broken_file_makes_the_counter_unknown(shared, tmp_path, case, message, kind):
+    root = tmp_path / "mini"
+    make_dior(root)
+    shutil.copy(shared / "bad_inputs" / "dior_xml" / case, root / "Annotations" / "00008.xml")
+    with pytest.raises(ValueError, match=message): load_folder(root)
+    _, rows, findings = read_rows(root)
+    assert len(rows) == 3 and {r["split"] for r in rows} == {"unknown"} and {f.kind for f in findings} == {kind, "index"}
+
+
+def test_a_bad_object_keeps_its_number(tmp_path):
+    annotation(tmp_path, "a", [OBJECT.format("ship", 30, 2, 1, 20, "<description>Bad</description>"), OBJECT.format("ship", 1, 2, 30, 20, "<description>Good</description>")])
+    rows, findings = read_xml(tmp_path / "Annotations" / "a.xml", ImageFolder([tmp_path / "JPEGImages"]))
+    assert rows[0] is None and rows[1]["expression_id"] == "a:1" and [(f.line, f.where) for f in findings] == [(2, "object 0")]
+
+
+@given(st.lists(st.integers(-3, 12) | st.text(alphabet="0123456789.x- ", max_size=4), max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_every_line_of_an_index_is_used_or_listed(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("index") / "train.txt"
+    path.write_text("\n".join(map(str, lines)))
+    found, findings = read_index(path, 10)
+    assert len(found) + len(findings) == sum(bool(str(line).strip()) for line in lines)
+    assert all(0 <= n < 10 for n in found) and len(set(found)) == len(found)
+
+
+@given(st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text(), st.lists(st.integers())))
+def test_a_number_is_finite_or_a_defect(value):
+    try: assert np.isfinite(number(value, "xmin"))
+    except Defect as e: assert "xmin" in str(e)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_run_lengths_survive_both_forms(width, height, data):
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=width * height, max_size=width * height))).reshape(height, width)
+    text = encode_mask(mask)
+    counts = run_lengths(json.loads(text)["counts"])
+    assert sum(counts) == width * height and coco_runs(dict(size=[height, width], counts=counts), width, height) == text == coco_runs(json.loads(text), width, height)
+
+
+@given(st.text(max_size=30), st.integers(1, 9), st.integers(1, 9))
+def test_hostile_run_lengths_are_a_mask_or_a_defect(counts, width, height):
+    try: assert decode_mask(coco_runs(dict(size=[height, width], counts=counts), width, height) or encode_mask(np.zeros((height, width)))).shape == (height, width)
+    except Defect: pass
+
+
+class Gadget:
+    def __reduce__(self): return print, ("code from a pickle ran",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_runs_no_code(tmp_path, capsys, protocol):
+    path = tmp_path / "refs.p"
+    path.write_bytes(pickle.dumps([Gadget()], protocol=protocol))
+    with pytest.raises(Defect, match="only plain containers"): open_pickle(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_image_outside_its_folder_is_never_opened(tmp_path):
+    picture(tmp_path / "secret.jpg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "images" / "sub").symlink_to(tmp_path)
+    images = ImageFolder([tmp_path / "images"])
+    for name in ("link.jpg", "../secret.jpg", str(tmp_path / "secret.jpg"), "sub/secret.jpg", "..\\secret.jpg", "", ".", "\0"):
+        with pytest.raises(Defect): images.find(name)
+
+
+def test_single_files_are_guessed(tmp_path):
+    for name, make in MAKERS.items(): make(tmp_path / name)
+    cases = {"dior_rsvg": "dior_rsvg/Annotations/00007.xml", "rsvg_hr": "rsvg_hr/Annotations/rsvg_hr_test.txt", "vrsbench": "vrsbench/VRSBench_EVAL_referring.json", "refgeo": "refgeo/metainfo/avvg_train.jsonl",
+             "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml",
+             "index": "dior_rsvg/train.txt", "vrsbench_objects": "vrsbench_objects/Annotations_train/P1.json"}
+    assert {name: guess_format(tmp_path / path) for name, path in cases.items()} == {name: name for name in cases}
