@@ -94,26 +94,36 @@ def iou(
     return shared / both if both > 0 else 0.0
 
 # %% ../nbs/01_boxes.ipynb #7285db88
-def enclosing(a, b):
+def enclosing(
+    a, b,  # (x1, y1, x2, y2), any common frame
+) -> tuple:
     "The smallest box that holds both."
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
-def area(box):
+def area(
+    box,  # (x1, y1, x2, y2)
+) -> float:
     "Square units inside a box; 0 for swapped corners."
     return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
 
-def centre_distance(a, b) -> float:
+def centre_distance(
+    a, b,  # (x1, y1, x2, y2), any common frame
+) -> float:
     "Distance of the two centres in the unit of the boxes."
     return math.hypot((a[0] + a[2]) - (b[0] + b[2]), (a[1] + a[3]) - (b[1] + b[3])) / 2
 
-def giou(a, b) -> float:
+def giou(
+    a, b,  # (x1, y1, x2, y2), any common frame
+) -> float:
     "Generalised IoU in [-1, 1]; -1, the lowest value, if a box has no area."
     if not (area(a) and area(b)): return -1.0
     overlap, around = iou(a, b), area(enclosing(a, b))
     union = (area(a) + area(b)) / (1 + overlap)
     return overlap - max(0.0, around - union) / around
 
-def diou(a, b) -> float:
+def diou(
+    a, b,  # (x1, y1, x2, y2), any common frame
+) -> float:
     "Distance IoU in [-1, 1]; -1, the lowest value, if a box has no area."
     if not (area(a) and area(b)): return -1.0
     x1, y1, x2, y2 = enclosing(a, b)
@@ -123,11 +133,11 @@ def diou(a, b) -> float:
 NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")  # the form that the format reward pays for
 
-NUMERAL = re.compile(r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.I)
-LIST = r"\[\s*N(?:\s*,\s*N){3}\s*\]"                                          # [x1, y1, x2, y2], also inside JSON or brackets
-BRACES = r"\{(?:\s*<\s*N\s*>){4}\s*(?:\|\s*<\s*N\s*>\s*)?\}"                  # {<x1><y1><x2><y2>} or {<x1><y1><x2><y2>|<angle>}
-POINTS = r"\(\s*N\s*,\s*N\s*\)(?:\s*,\s*\(\s*N\s*,\s*N\s*\))+"                # (x1,y1),(x2,y2)
-GROUP = re.compile("|".join([LIST, BRACES, POINTS]).replace("N", f"(?:{NUMERAL.pattern})"), re.I)  # what is understood
+NUMERAL = re.compile(r"[-+]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|NaN|nan|[Ii]nf(?:inity)?)")
+LIST = r"\[\s*N(?:\s*,\s*N){3}\s*\]"                            # [x1, y1, x2, y2], also inside JSON; N stands for a numeral
+BRACES = r"\{(?:\s*<\s*N\s*>){4}\s*(?:\|\s*<\s*N\s*>\s*)?\}"    # {<x1><y1><x2><y2>} or {<x1><y1><x2><y2>|<angle>}
+POINTS = r"\(\s*N\s*,\s*N\s*\)(?:\s*,\s*\(\s*N\s*,\s*N\s*\))+"  # (x1,y1),(x2,y2)
+GROUP = re.compile("|".join([LIST, BRACES, POINTS]).replace("N", f"(?:{NUMERAL.pattern})"))  # what is understood
 
 WIDE = {0xFEE0 + k: k for k in range(0x21, 0x7F)} | str.maketrans("　【】〔〕、−", " [][],-")  # full-width forms -> ASCII, one for one
 LARGEST = 1e6  # no image has such a side

@@ -15,7 +15,7 @@ from rsground_nb.boxes import GRID, Codec, parse_completion
 
 CODECS = [Codec(name) for name in ("pixel", "qwen2_5_vl", *GRID)]
 PIECES = [*"[](){}<>|,.:-+0123456789eE \n\"'１２，［］−\u0301\u0316\ufdfa\ud800²", "<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "```json", "NaN", "Infinity", "1e400", "9" * 400, "[1, 2, 3, 4]"]
-NUMBERS = ["NaN", "-Infinity", "1e400", "9" * 5000, "-3", "4.5", "７", "null", "0"]
+NUMBERS = ["NaN", "-Infinity", "1e400", "9" * 400, "-3", "4.5", "７", "null", "0"]
 
 
 def good(rng):

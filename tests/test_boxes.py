@@ -183,6 +183,11 @@ def test_parsing_gives_a_box_or_a_reason_and_never_fails(text):
     for parsed in (parse_completion(text), parse_completion(f"<answer>{text}</answer>"), parse_box(text)): assert (parsed.box is not None) == (parsed.reason == "ok")
 
 
+def test_every_decimal_digit_of_unicode_is_read_and_no_look_alike_breaks_the_reader():
+    for digit in filter(str.isdecimal, map(chr, range(sys.maxunicode + 1))): assert parse_box(f"[{digit}, 8, 20, 16]").box == (int(digit), 8, 20, 16)
+    for word in ("\u0131nf", "\u0130nf", "INF", "NAN", "nAn", "Infinıty", "1_000", "1\u066b5", "²", "½", "Ⅳ", "一"): assert parse_box(f"[4, 8, {word}, 16]").box is None
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=4, max_size=4))
 def test_json_numbers_are_read_as_json_reads_them(numbers):
     parsed = parse_box(json.dumps({"bbox_2d": numbers}))
