@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rsground_nb.boxes import iou
+from rsground_nb.boxes import Codec, iou, parse_completion
 from rsground_nb.consistency import consistency_weight, group_statistics
-from rsground_nb.rewards import format_score, positional
+from rsground_nb.rewards import format_score, make_rewards, positional
 
 at, extent = st.floats(0, 1000), st.floats(1, 300)
 boxes = st.tuples(at, at, extent, extent).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
@@ -54,6 +55,40 @@ def test_boxes_without_area_earn_nothing():
 
 @given(st.text())
 def test_the_format_score_never_fails(text): assert format_score(text) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("answer", ["[[4, 8, 20, 16]]", '{"bbox_2d": [4, 8, 20, 16]}', "{<4><8><20><16>}", "(4,8),(20,16)", "［4, 8, 20, 16］", "[４, 8, 20, 16]", "[4, 8, 2e1, 16]", "[+4, 8, 20, 16]", "Here: [4, 8, 20, 16]"])
+def test_what_is_understood_is_not_yet_well_formed(answer):
+    text = f"<think>At the left.</think><answer>{answer}</answer>"
+    assert parse_completion(text).box == (4, 8, 20, 16) and format_score(text) == 0
+    assert format_score(text.replace(answer, "[4, 8, 20, 16]")) == 1
+
+
+@pytest.mark.parametrize("reading", ["center", "area"])
+def test_every_reward_has_its_anchors(reading):
+    """A perfect box, a box that touches nothing and is far away, and silence."""
+    said = ["<think>Here.</think><answer>[40, 40, 60, 60]</answer>", "<think>Here.</think><answer>[940, 940, 960, 960]</answer>", "no box"]
+    columns = dict(box=[[40, 40, 60, 60]] * 3, width=[1000] * 3, height=[1000] * 3)
+    form, overlap, place = (f(said, **columns) for f in make_rewards(Codec(), reading=reading))
+    assert form == [1, 1, 0] and overlap == [1, 0, 0]
+    assert place == pytest.approx([1 if reading == "center" else 0.949, 0, 0], abs=1e-3)
+
+
+def meant(u): return (np.exp(2.5 * u) - 1) / (np.exp(2.5) - 1)
+def written(u): return np.exp(2.5 * u - 1) / (np.exp(2.5) - 1)
+def standardised(rewards): return (rewards - rewards.mean()) / rewards.std(ddof=1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=16).filter(lambda v: max(v) - min(v) > 0.1))
+def test_the_misplaced_bracket_is_invisible_in_the_advantages_of_one_reward(ious):
+    assert standardised(written(np.array(ious))) == pytest.approx(standardised(meant(np.array(ious))), abs=1e-6)
+
+
+def test_the_misplaced_bracket_shows_in_the_anchors_and_beside_the_format_reward():
+    assert [written(0), written(1)] == pytest.approx([0.03, 0.40], abs=5e-3) and [meant(0), meant(1)] == pytest.approx([0, 1])
+    u, form = np.array([0.3, 0.6, 0.9, 0]), np.array([1, 1, 0, 0])
+    assert standardised(form + meant(u))[2] > -0.1 and standardised(form + written(u))[2] < -0.5
+    assert standardised(form + math.e * written(u)) == pytest.approx(standardised(form + meant(u)))
 
 
 @given(st.lists(st.floats(0, 1), min_size=8, max_size=8))
