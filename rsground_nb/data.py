@@ -151,14 +151,16 @@ def resplit(
     "New train, val and test splits of all rows together. Raises ValueError for an unknown way or shares that do not add up to 1."
     if how not in ("disjoint", "random"): raise ValueError(f"unknown way {how!r} to split: use disjoint or random")
     if len(shares) != 3 or abs(sum(shares) - 1) > 1e-9 or min(shares) < 0: raise ValueError(f"shares {shares} must be three numbers from 0 that add up to 1")
-    rows = concatenate_datasets(list(splits.values()))
-    names, group = np.unique(rows["image_id"][:] if how == "disjoint" else np.arange(len(rows)), return_inverse=True)
+    rows = concatenate_datasets(list(splits.values())).with_format("arrow")
+    table = rows[:]
+    names, group = np.unique(table["image_id"].to_numpy() if how == "disjoint" else np.arange(len(rows)), return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     before = np.cumsum(np.bincount(group)[order]) / len(rows)
     part = np.empty(len(names), int)
     part[order] = np.searchsorted(np.cumsum(shares)[:2], before - 1e-9)
-    chosen = {name: rows.select(np.flatnonzero(part[group] == k)) for k, name in enumerate(SPLITS)}
-    return {name: r.remove_columns("split").add_column("split", [name] * len(r)).cast(FEATURES) for name, r in chosen.items() if len(r)}
+    chosen = {name: table.take(np.flatnonzero(part[group] == k)) for k, name in enumerate(SPLITS)}
+    at = table.schema.get_field_index("split")
+    return {name: Dataset(t.set_column(at, "split", pa.array([name] * len(t))), info=DatasetInfo(features=FEATURES)) for name, t in chosen.items() if len(t)}
 
 # %% ../nbs/03_data.ipynb #65fd1d2a
 def load_data(

@@ -11,6 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is read from files is cached in a temporary folder, not in the home of whoever runs the tests."""
+    os.environ["RSGROUND_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder with shared test data. Absent on a fork's machine: skip. Absent although RSGROUND_SHARED names it: fail."""

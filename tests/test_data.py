@@ -71,7 +71,7 @@ def rows_of(counts):
     return {"train": to_dataset([dict(image_id=f"{k}.jpg", box=(j, 0, j + 1, 1), expression=f"thing {j}", split="train") for k, n in enumerate(counts) for j in range(n)])}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=40), st.integers(0, 1000))
 def test_a_disjoint_split_loses_no_row_and_shares_no_image(counts, seed):
     before, after = rows_of(counts), resplit(rows_of(counts), seed=seed)
