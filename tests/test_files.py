@@ -241,3 +241,40 @@ def test_single_files_are_guessed(tmp_path):
              "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml",
              "index": "dior_rsvg/train.txt", "vrsbench_objects": "vrsbench_objects/Annotations_train/P1.json"}
     assert {name: guess_format(tmp_path / path) for name, path in cases.items()} == {name: name for name in cases}
+
+
+ODD = [None, [], {}, "", "x", True, -1, 0, 1e400, "9" * 5000, [None], {"id": None}, [[1, 2], 3], "../a", 7.5, "NaN"]
+
+
+def mutated_json(value, rng):
+    """The value with one of its parts replaced by something that does not belong there."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1: return ODD[rng.integers(len(ODD))]
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    k = keys[rng.integers(len(keys))]
+    return {**value, k: mutated_json(value[k], rng)} if isinstance(value, dict) else [mutated_json(v, rng) if i == k else v for i, v in enumerate(value)]
+
+
+def mutated_bytes(data, rng):
+    """The bytes with a piece removed, doubled or overwritten."""
+    a, b = sorted(rng.integers(0, len(data) + 1, 2))
+    return (data[:a] + data[b:], data[:b] + data[a:], data[:a] + bytes(rng.integers(0, 256, 3).tolist()) + data[a:])[rng.integers(3)]
+
+
+@pytest.mark.parametrize("format", MAKERS)
+def test_broken_files_give_findings_and_never_an_exception(format, tmp_path):
+    MAKERS[format](tmp_path)
+    rng = np.random.default_rng(0)
+    files = [f for pattern in LAYOUTS[format].files.values() for f in sorted(tmp_path.glob(pattern))] + [f for f in [tmp_path / "rrsisd" / "instances.json", tmp_path / "train.txt", tmp_path / "classes.txt"] if f.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        for k in range(300):
+            data = mutated_bytes(whole, rng)
+            if file.suffix == ".p" and k % 2: data = pickle.dumps(mutated_json(pickle.loads(whole), rng))
+            elif file.suffix == ".json" and k % 2: data = json.dumps(mutated_json(json.loads(whole), rng)).encode()
+            elif file.suffix == ".jsonl" and k % 2: data = b"\n".join(json.dumps(mutated_json(json.loads(line), rng)).encode() for line in whole.splitlines())
+            file.write_bytes(data)
+            for where in (tmp_path, file):
+                if file.name not in ("instances.json", "train.txt", "classes.txt") or where == tmp_path:
+                    _, rows, findings = read_rows(where, format)
+                    assert all(len(r["box"]) == 4 and r["box"][0] < r["box"][2] and r["expression"] and str(r["image_id"]) for r in rows)
+        file.write_bytes(whole)
