@@ -235,7 +235,7 @@ def browse(
 
     words = widgets.Text(description="words", placeholder="left of", continuous_update=False)
     kind = widgets.Dropdown(options=[("any", None), *((k, k) for k in sorted(set(filter(None, rows["category"]))))], description="category")
-    at = widgets.IntSlider(description="row", max=max(0, len(rows) - 1), continuous_update=False)
+    at = widgets.IntSlider(description="row", max=max(0, len(rows) - 1), continuous_update=False, readout=False)
     title, picture = widgets.HTML(), widgets.Image(format="png")
     def show(change=None):
         found = find_rows(rows, words.value, kind.value)
@@ -248,4 +248,4 @@ def browse(
         picture.value, picture.layout.display = buffer.getvalue(), ""
     for part in (words, kind, at): part.observe(show, "value")
     show()
-    return widgets.VBox([widgets.HBox([words, kind, at]), title, picture])
+    return widgets.VBox([widgets.HBox([words, kind, at]), title, picture], layout={"align_items": "flex-start"})

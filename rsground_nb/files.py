@@ -267,10 +267,10 @@ def read_index(
 SPLITS = ("train", "val", "test")
 
 def read_dior_rsvg(
-    root: Path,           # holds Annotations/, JPEGImages/ and train.txt, val.txt, test.txt (or these in split/)
+    root: Path,           # the dataset's folder
     images: ImageFolder,
 ) -> tuple:
-    "(rows, findings), the rows split by split in the order of the index files."
+    "XML files with <object> elements (bndbox, description), and train.txt, val.txt, test.txt (or these in split/) with one object number a line. Rows come in the order of the index files."
     objects, findings, rows, used = [], [], [], set()
     for path in tqdm(sorted((root / "Annotations").glob("*.xml")), desc="reading annotations", unit=" files", delay=3):
         try: found, odd = read_xml(path, images)
@@ -354,7 +354,7 @@ def read_vrsbench_train(path: Path, images: ImageFolder) -> tuple:
     return collect(turns(), path.name, row)
 
 def read_vrsbench(path: Path, images: ImageFolder) -> tuple:
-    "Either of the two files above."
+    "VRSBench_train.json (conversations; turns that begin with [refer] are rows) and VRSBench_EVAL_referring.json (a list of image_id, question, ground_truth); boxes in percent of 512 pixels."
     return (read_vrsbench_train if '"conversations"' in read_text(path)[:4000] else read_vrsbench_eval)(path, images)
 
 def read_vrsbench_objects(path: Path, images: ImageFolder) -> tuple:
