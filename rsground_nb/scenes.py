@@ -18,7 +18,7 @@ __all__ = ['SHAPES', 'DETAILS', 'RIVER', 'COLOURS', 'GROUNDS', 'TONES', 'RICH', 
 import io
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -188,13 +188,12 @@ CORNERS = max(map(len, SHAPES.values()))
 PADDED = {name: np.array([*points, *[points[-1]] * (CORNERS - len(points))]) for name, points in SHAPES.items()}  # one length for all, to work on many at once
 FRAMES = {name: np.array(rectangle(*np.min(points, 0), *np.max(points, 0))) for name, points in SHAPES.items()}   # the oriented box in the unit frame
 
-def propose(rng, names, sizes, skew, angles, side):
-    "For each name (outlines with padding, places, lengths, boxes, inside): objects of random size and place; `inside` is False where one sticks out of the picture."
-    lengths = side * (sizes[0] + (sizes[1] - sizes[0]) * rng.random(len(names)) ** skew)
-    places = rng.uniform(0, side, (len(names), 2))
+def propose(rng, categories, which, sizes, skew, angles, side):
+    "(outlines with padding, places, lengths, boxes, inside) of objects of random size and place; `which` indexes the categories, `inside` is False where one sticks out of the picture."
+    lengths = side * (sizes[0] + (sizes[1] - sizes[0]) * rng.random(len(which)) ** skew)
+    places = rng.uniform(0, side, (len(which), 2))
     turns = np.moveaxis(turn(angles), 2, 0) * lengths[:, None, None]
-    outlines = np.stack([PADDED[n] for n in names]) @ turns + places[:, None]
-    frames = np.stack([FRAMES[n] for n in names]) @ turns + places[:, None]
+    outlines, frames = (np.stack([unit[c] for c in categories])[which] @ turns + places[:, None] for unit in (PADDED, FRAMES))
     boxes = np.hstack([outlines.min(1), outlines.max(1)])
     inside = (frames.min((1, 2)) >= 0) & (frames.max((1, 2)) <= side)
     return outlines, places, lengths, boxes, inside
@@ -207,15 +206,16 @@ def fill_scene(rng, style, side, wanted, colours):
     row = rng.uniform(0, 2 * np.pi) if style.crowded and rng.random() < 0.5 else None        # parked side by side, all in one direction
     things, boxes = [], np.zeros((0, 4))
     for _ in range(3):
-        names = [categories[k] for k in rng.integers(0, len(categories), 8 * wanted)]
-        angles = rng.uniform(0, 2 * np.pi, len(names)) if row is None else row + rng.normal(0, 0.05, len(names))
-        angles[[len(SHAPES[n]) == 24 for n in names]] = 0                                    # a disc has no direction
-        outlines, places, lengths, new, inside = propose(rng, names, sizes, style.skew, angles, side)
+        which = rng.integers(0, len(categories), 8 * wanted)
+        angles = rng.uniform(0, 2 * np.pi, len(which)) if row is None else row + rng.normal(0, 0.05, len(which))
+        angles[np.isin(which, [k for k, c in enumerate(categories) if "tank" in c])] = 0      # a disc has no direction
+        outlines, places, lengths, new, inside = propose(rng, categories, which, sizes, style.skew, angles, side)
         fits = np.flatnonzero(inside)
         for k in clear_boxes(np.vstack([boxes, new[fits]]), style.gap * side)[len(boxes):wanted]:
             i = fits[k - len(boxes)]
-            outline = outlines[i, :len(SHAPES[names[i]])]
-            things.append(Thing(names[i], colours[rng.integers(len(colours))], outline, tuple(places[i].tolist()), float(lengths[i]), float(angles[i])))
+            name = categories[which[i]]
+            outline = outlines[i, :len(SHAPES[name])]
+            things.append(Thing(name, colours[rng.integers(len(colours))], outline, tuple(places[i].tolist()), float(lengths[i]), float(angles[i])))
         boxes = np.array([t.box for t in things]).reshape(-1, 4)
         if len(things) == wanted: break
     return things
@@ -230,11 +230,11 @@ def label_map(
     covers: bool = True,  # False: as if nothing hid them
 ) -> np.ndarray:
     "(side, side) whole numbers: 0 for the ground and for whatever hides an object, k for the k-th object, counted from 1."
-    canvas = Image.new("I", (FINE * scene.side,) * 2)
+    canvas = Image.new("L" if len(scene.things) < 256 else "I", (FINE * scene.side,) * 2)
     pen = ImageDraw.Draw(canvas)
     for k, t in enumerate(scene.things, 1): pen.polygon(fine(t.outline), fill=k, outline=k)
     for _, outline in scene.covers if covers else (): pen.polygon(fine(outline), fill=0, outline=0)
-    return np.asarray(canvas)[FINE // 2::FINE, FINE // 2::FINE]
+    return np.asarray(canvas.resize((scene.side,) * 2, Image.NEAREST))  # the middle one of 3 x 3
 
 def masks(scene: Scene) -> np.ndarray:
     "(objects, side, side) array of bool: the visible pixels of each object."
@@ -292,33 +292,34 @@ def make_scene(
 
 # %% ../nbs/02_scenes.ipynb #83cca3b7
 def draw_ground(scene, rng):
-    "The bare ground: (side, side, 3) of float32."
+    "The bare ground as an image."
     style, n = get_style(scene.style), scene.side
     grid, strength = style.blotches
     blotches = Image.fromarray(rng.integers(0, 256, (grid, grid), dtype=np.uint8)).resize((n, n), Image.BICUBIC)
     texture = (np.asarray(blotches, dtype=np.float32) - 128) * strength + style.grain * rng.standard_normal((n, n), dtype=np.float32)
     if style.fields:
-        ramp = np.linspace(-1, 1, n, dtype=np.float32)
-        angle, offset, period = rng.uniform(0, np.pi), rng.uniform(-0.7, 0.7), rng.uniform(0.06, 0.3)
-        across, along = (np.cos(a) * ramp + np.sin(a) * ramp[:, None] for a in (angle, angle + np.pi / 2))
-        texture += style.fields * np.where(across > offset, 0.4 * np.sin(along * np.float32(2 * np.pi / period)), rng.uniform(-1, 1))
-    return np.array(dict(style.grounds).get(scene.ground, GROUNDS.get(scene.ground)), np.float32) + texture[..., None]
+        ramp, angle, edge, waves = np.linspace(-1, 1, n, dtype=np.float32), rng.uniform(0, np.pi), rng.uniform(-0.7, 0.7), rng.uniform(20, 100)
+        x, y = np.float32((np.cos(angle), np.sin(angle)))[:, None] * ramp
+        furrows = np.outer(np.sin(waves * x), np.cos(waves * y)) - np.outer(np.cos(waves * x), np.sin(waves * y))  # sin(waves * (x - y))
+        texture += style.fields * np.where(x + y[:, None] > edge, 0.4 * furrows, rng.uniform(-1, 1))
+    table = np.clip(np.arange(-128, 128)[:, None] + {**GROUNDS, **dict(style.grounds)}[scene.ground], 0, 255).astype(np.uint8)  # one colour for each level of texture
+    return Image.fromarray(np.take(table, np.clip(texture + 128, 0, 255).astype(np.uint8), axis=0))
 
 # %% ../nbs/02_scenes.ipynb #6b68e3a6
 HEIGHT = {"tennis court": 0, "helipad": 0, "roundabout": 0, "building": 1.6, "storage tank": 1.6, "bridge": 0.5}  # 1 for all others
 
 def shade(ground, scene):
-    "The ground with the objects' shadows, soft-edged."
+    "Put the objects' shadows, soft-edged, on the ground."
     canvas = Image.new("L", (FINE * scene.side,) * 2)
     pen, reach = ImageDraw.Draw(canvas), get_style(scene.style).shadow * np.array([np.cos(scene.sun), np.sin(scene.sun)])
     for t in scene.things:
         if HEIGHT.get(t.category, 1): pen.polygon(fine(t.outline + HEIGHT.get(t.category, 1) * t.length * reach), fill=110)
-    dark = np.asarray(canvas.reduce(FINE).filter(ImageFilter.GaussianBlur(1)), np.float32)[..., None] / 255
-    return ground * (1 - dark) + np.array((20, 22, 28), np.float32) * dark
+    ground.paste((20, 22, 28), mask=canvas.reduce(FINE).filter(ImageFilter.BoxBlur(1)))
 
 # %% ../nbs/02_scenes.ipynb #cec4bef9
 LAWN, CROWN, GLASS, WATER, CLOUD = (88, 128, 66), (50, 82, 42), (40, 48, 60), (52, 88, 108), (226, 229, 232)
 
+@cache
 def paints(colour):
     "Shades of a colour by name; `line` is the white or black that stands out from it."
     c = np.array(colour)
@@ -327,11 +328,12 @@ def paints(colour):
 
 def draw_details(pen, thing, shades):
     "Windows, lines, railings, ... of one object."
-    to_pixels = turn(thing.angle) * thing.length
-    for paint, width, points in DETAILS.get(thing.category, ()):
-        placed = fine(np.array(points) @ to_pixels + thing.at)
-        if width: pen.line(placed, fill=shades[paint], width=max(1, round(width * FINE * thing.length)))
-        else: pen.polygon(placed, fill=shades[paint])
+    parts = DETAILS.get(thing.category, [])
+    placed = iter(fine(np.array([p for *_, points in parts for p in points]).reshape(-1, 2) @ turn(thing.angle) * thing.length + thing.at))
+    for paint, width, points in parts:
+        here = [next(placed) for _ in range(2 * len(points))]
+        if width: pen.line(here, fill=shades[paint], width=max(1, round(width * FINE * thing.length)))
+        else: pen.polygon(here, fill=shades[paint])
 
 # %% ../nbs/02_scenes.ipynb #c27de47c
 def draw_scene(
@@ -341,7 +343,9 @@ def draw_scene(
     "The scene as an RGB image of side x side pixels."
     style = get_style(scene.style)
     colours = {**COLOURS, **dict(style.colours), **TONES}
-    picture = Image.fromarray(np.clip(shade(draw_ground(scene, rng), scene), 0, 255).astype(np.uint8)).resize((FINE * scene.side,) * 2, Image.NEAREST)
+    ground = draw_ground(scene, rng)
+    shade(ground, scene)
+    picture = ground.resize((FINE * scene.side,) * 2, Image.NEAREST)
     pen = ImageDraw.Draw(picture)
     for t in scene.things:
         if style.details and t.category == "bridge" and scene.ground != "water": pen.polygon(fine(np.array(RIVER) @ turn(t.angle) * t.length + t.at), fill=WATER)
@@ -363,7 +367,7 @@ def through_sensor(image, grey, noise, rng):
     if not noise: return image
     n = image.width
     added = noise * rng.standard_normal((n, n), dtype=np.float32) + 0.4 * noise * rng.standard_normal(n, dtype=np.float32)
-    return Image.fromarray(np.clip(np.asarray(image) + added[..., None], 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.asarray(image) + added.astype(np.int16)[..., None], 0, 255).astype(np.uint8))
 
 # %% ../nbs/02_scenes.ipynb #f3728bb7
 MARGIN = 0.08  # share of the side that a position must win by
