@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'DETAILS', 'RIVER', 'COLOURS', 'GROUNDS', 'TONES', 'RICH', 'OTHER_COLOURS', 'OTHER_GROUNDS', 'ALL_RULES',
-           'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'FINE', 'SURE', 'HEIGHT', 'LAWN', 'CROWN', 'GLASS', 'WATER',
-           'CLOUD', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS', 'STARTS', 'RULES', 'NOUN', 'SENTENCE',
-           'circle', 'rectangle', 'crossing', 'turn', 'Thing', 'place', 'Style', 'get_style', 'Scene', 'clear_boxes',
-           'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure', 'set_visible', 'blob', 'put_covers',
-           'how_many', 'make_scene', 'draw_ground', 'shade', 'paints', 'draw_details', 'draw_scene', 'draw_cover',
-           'through_sensor', 'same_kind', 'beats', 'describe', 'by_name', 'by_end', 'by_size', 'third', 'cell_name',
-           'place_words', 'in_cell', 'by_cell', 'beside', 'anchors', 'by_relation', 'by_ordinal', 'by_combined',
-           'get_rules', 'expressions', 'options', 'is_at', 'meant', 'in_order', 'check_expression', 'as_png', 'choose',
-           'scene_records']
+           'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'ROUND', 'FINE', 'SURE', 'HEIGHT', 'LAWN', 'CROWN', 'GLASS',
+           'WATER', 'CLOUD', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS', 'STARTS', 'RULES', 'NOUN',
+           'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style', 'Scene', 'get_style',
+           'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure', 'set_visible', 'blob',
+           'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints', 'draw_details', 'draw_cover',
+           'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name', 'by_end', 'by_size', 'third',
+           'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors', 'by_relation', 'by_ordinal',
+           'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant', 'in_order', 'check_expression',
+           'as_png', 'choose', 'scene_records']
 
 # %% ../nbs/02_scenes.ipynb #1920d200
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import numpy as np
@@ -30,11 +30,12 @@ def circle(n=24, radius=0.5): return [(radius * np.cos(a), radius * np.sin(a)) f
 
 def rectangle(x, y, u, v): return [(x, y), (u, y), (u, v), (x, v)]
 
+def turn(angle): return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # for points in rows, clockwise on the screen
+
 def crossing(radius=0.34, arm=0.1):
     "A disc with four arms that reach 0.5: the outline of a roundabout."
-    arc = [(radius * np.cos(a), radius * np.sin(a)) for a in np.radians((25, 45, 65))]
-    quarter = np.array([(0.5, -arm), (0.5, arm), *arc])
-    return [tuple(p) for k in range(4) for p in quarter @ np.array([[(1, 0, -1, 0)[k], (0, 1, 0, -1)[k]], [(0, -1, 0, 1)[k], (1, 0, -1, 0)[k]]])]
+    quarter = [(0.5, -arm), (0.5, arm), *[(radius * np.cos(a), radius * np.sin(a)) for a in np.radians((25, 45, 65))]]
+    return [tuple(p) for k in range(4) for p in quarter @ turn(k * np.pi / 2)]
 
 SHAPES = {
     "ship": [(-0.5, -0.15), (0.2, -0.17), (0.5, 0), (0.2, 0.17), (-0.5, 0.15)],
@@ -74,8 +75,6 @@ DETAILS = {  # (paint, line width or 0 for an area, points)
 RIVER = [(0.24 * s * (1 - abs(v) ** 3) + 0.06 * np.sin(4 * v), 0.45 * v) for s in (-1, 1) for v in s * np.linspace(-1, 1, 11)]  # under a bridge, part of the ground
 
 # %% ../nbs/02_scenes.ipynb #5cbb2d99
-def turn(angle): return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # for points in rows, clockwise on the screen
-
 @dataclass(eq=False)
 class Thing:
     "One object of a scene; everything in pixels of the scene. Box, centre, area and oriented box are those of the whole outline, also where something hides it."
@@ -103,7 +102,6 @@ class Thing:
         (x, y), (u, v) = own.min(0), own.max(0)
         return (np.array(rectangle(x, y, u, v)) @ turn(self.angle)).ravel().tolist()
 
-# %% ../nbs/02_scenes.ipynb #c2268e30
 def place(
     category: str, colour: str,
     centre, length: float,  # pixels
@@ -118,14 +116,14 @@ GROUNDS = {"grass": (96, 122, 78), "soil": (140, 116, 90), "concrete": (128, 128
 TONES = {"bright": (228, 228, 228), "dark": (32, 32, 32)}  # all that can be said of paint in a panchromatic scene
 RICH = ("plane", "ship", "vehicle", "storage tank", "bridge", "tennis court", "roundabout", "building", "helipad")
 OTHER_COLOURS = {"orange": (225, 125, 30), "green": (40, 145, 70), "purple": (120, 50, 150), "turquoise": (45, 185, 180)}
-OTHER_GROUNDS = {"sand": (176, 158, 122), "gravel": (150, 146, 140), "heath": (112, 96, 84), "lake": (70, 88, 104)}
+OTHER_GROUNDS = {"sand": (176, 158, 122), "gravel": (150, 146, 140), "heath": (112, 96, 84), "lake": (92, 116, 136)}
 
 @dataclass(frozen=True)
 class Style:
     "How scenes look and what is in them. Lengths are shares of the side, noise is in grey levels (of 255)."
     categories: tuple = ("ship", "vehicle", "tank", "plane")
-    colours: tuple = tuple(COLOURS.items())
-    grounds: tuple = tuple(GROUNDS.items())
+    colours: dict = field(default_factory=lambda: COLOURS)
+    grounds: dict = field(default_factory=lambda: GROUNDS)
     sizes: tuple = (0.14, 0.34)    # length of an object
     skew: float = 1.0              # 1: sizes are uniform; above: more small ones
     objects: tuple = (2, 5)        # fewest and most
@@ -147,18 +145,12 @@ class Style:
 ALL_RULES = (*Style.rules, "ordinal", "combined")
 STYLES = {
     "simple": Style(),
-    "aerial": Style(categories=RICH, sizes=(0.02, 0.45), skew=2.5, objects=(2, 25), kinds=(1, 4), crowded=0.35, gap=0.01, covered=0.12, details=True, shadow=0.13, sun=(0.3, 2.8),
+    "aerial": Style(categories=RICH, sizes=(0.02, 0.45), skew=1.7, objects=(2, 25), kinds=(1, 4), crowded=0.35, gap=0.01, covered=0.12, details=True, shadow=0.13, sun=(0.3, 2.8),
                     blotches=(10, 0.1), grain=3.5, fields=8, rules=ALL_RULES),
-    "other": Style(categories=RICH, colours=tuple(OTHER_COLOURS.items()), grounds=tuple(OTHER_GROUNDS.items()), sizes=(0.05, 0.2), objects=(3, 14), kinds=(2, 4), gap=0.01, covered=0.06,
+    "other": Style(categories=RICH, colours=OTHER_COLOURS, grounds=OTHER_GROUNDS, sizes=(0.05, 0.2), objects=(3, 14), kinds=(2, 4), gap=0.01, covered=0.06,
                    details=True, shadow=0.25, sun=(3.5, 6.0), blotches=(30, 0.16), grain=6, sensor=7, grey=0.5, rules=ALL_RULES),
 }
 
-def get_style(name):
-    "The style of that name. Raises ValueError with the known names for any other."
-    if name not in STYLES: raise ValueError(f"unknown style {name!r}: use one of {', '.join(STYLES)}")
-    return STYLES[name]
-
-# %% ../nbs/02_scenes.ipynb #63ba520e
 @dataclass
 class Scene:
     "Objects on a ground. `side` in pixels."
@@ -169,6 +161,11 @@ class Scene:
     covers: tuple = ()       # (kind, outline) of what hides parts of objects: "tree" or "cloud"
     sun: float = 0.785       # direction in which shadows fall, radians clockwise from +x
     grey: bool = False       # panchromatic
+
+def get_style(name):
+    "The style of that name. Raises ValueError with the known names for any other."
+    if name not in STYLES: raise ValueError(f"unknown style {name!r}: use one of {', '.join(STYLES)}")
+    return STYLES[name]
 
 # %% ../nbs/02_scenes.ipynb #44a22ea6
 def clear_boxes(
@@ -185,8 +182,9 @@ def clear_boxes(
 
 # %% ../nbs/02_scenes.ipynb #68c88f12
 CORNERS = max(map(len, SHAPES.values()))
-PADDED = {name: np.array([*points, *[points[-1]] * (CORNERS - len(points))]) for name, points in SHAPES.items()}  # one length for all, to work on many at once
-FRAMES = {name: np.array(rectangle(*np.min(points, 0), *np.max(points, 0))) for name, points in SHAPES.items()}   # the oriented box in the unit frame
+# One length for all outlines, to work on many at once; and the oriented boxes in the unit frame.
+PADDED = {name: np.array([*points, *[points[-1]] * (CORNERS - len(points))]) for name, points in SHAPES.items()}
+FRAMES = {name: np.array(rectangle(*np.min(points, 0), *np.max(points, 0))) for name, points in SHAPES.items()}
 
 def propose(rng, categories, which, sizes, skew, angles, side):
     "(outlines with padding, places, lengths, boxes, inside) of objects of random size and place; `which` indexes the categories, `inside` is False where one sticks out of the picture."
@@ -198,7 +196,8 @@ def propose(rng, categories, which, sizes, skew, angles, side):
     inside = (frames.min((1, 2)) >= 0) & (frames.max((1, 2)) <= side)
     return outlines, places, lengths, boxes, inside
 
-# %% ../nbs/02_scenes.ipynb #6001cb98
+ROUND = ("tank", "storage tank")  # a disc has no direction
+
 def fill_scene(rng, style, side, wanted, colours):
     "Up to `wanted` objects whose boxes do not touch: all proposals of three rounds that fit."
     categories = rng.permutation(style.categories)[:rng.integers(style.kinds[0], style.kinds[1] + 1)].tolist()
@@ -208,7 +207,7 @@ def fill_scene(rng, style, side, wanted, colours):
     for _ in range(3):
         which = rng.integers(0, len(categories), 8 * wanted)
         angles = rng.uniform(0, 2 * np.pi, len(which)) if row is None else row + rng.normal(0, 0.05, len(which))
-        angles[np.isin(which, [k for k, c in enumerate(categories) if "tank" in c])] = 0      # a disc has no direction
+        angles[np.isin(which, [k for k, c in enumerate(categories) if c in ROUND])] = 0
         outlines, places, lengths, new, inside = propose(rng, categories, which, sizes, style.skew, angles, side)
         fits = np.flatnonzero(inside)
         for k in clear_boxes(np.vstack([boxes, new[fits]]), style.gap * side)[len(boxes):wanted]:
@@ -261,7 +260,7 @@ def blob(rng, centre, radius):
 def put_covers(rng, things, share):
     "(kind, outline) for about `share` of the objects, on or beside them; one kind in a scene."
     kind = ("tree", "cloud")[rng.integers(2)]
-    return tuple((kind, blob(rng, t.centre + rng.uniform(-0.5, 0.5, 2) * t.length, max(1.5, t.length * rng.uniform(0.2, 0.5)))) for t in things if rng.random() < share)
+    return tuple((kind, blob(rng, t.centre + rng.uniform(-0.5, 0.5, 2) * t.length, t.length * rng.uniform(0.2, 0.5))) for t in things if t.length > 8 and rng.random() < share)
 
 # %% ../nbs/02_scenes.ipynb #d0cfe361
 def how_many(rng, style, fewest, most):
@@ -281,7 +280,7 @@ def make_scene(
     fewest, most = (given if given is not None else usual for given, usual in zip((fewest, most), look.objects))
     if side < 1 or not 1 <= fewest <= most: raise ValueError(f"a scene of {side} px with {fewest} to {most} objects: side and fewest must be at least 1, most at least fewest")
     grey = rng.random() < look.grey
-    ground, colours = look.grounds[rng.integers(len(look.grounds))][0], list(TONES) if grey else [name for name, _ in look.colours]
+    ground, colours = list(look.grounds)[rng.integers(len(look.grounds))], list(TONES if grey else look.colours)
     for _ in range(20):
         things = fill_scene(rng, look, side, how_many(rng, look, fewest, most), colours)
         if len(things) >= fewest: break
@@ -302,10 +301,9 @@ def draw_ground(scene, rng):
         x, y = np.float32((np.cos(angle), np.sin(angle)))[:, None] * ramp
         furrows = np.outer(np.sin(waves * x), np.cos(waves * y)) - np.outer(np.cos(waves * x), np.sin(waves * y))  # sin(waves * (x - y))
         texture += style.fields * np.where(x + y[:, None] > edge, 0.4 * furrows, rng.uniform(-1, 1))
-    table = np.clip(np.arange(-128, 128)[:, None] + {**GROUNDS, **dict(style.grounds)}[scene.ground], 0, 255).astype(np.uint8)  # one colour for each level of texture
+    table = np.clip(np.arange(-128, 128)[:, None] + {**GROUNDS, **style.grounds}[scene.ground], 0, 255).astype(np.uint8)  # one colour for each level of texture
     return Image.fromarray(np.take(table, np.clip(texture + 128, 0, 255).astype(np.uint8), axis=0))
 
-# %% ../nbs/02_scenes.ipynb #6b68e3a6
 HEIGHT = {"tennis court": 0, "helipad": 0, "roundabout": 0, "building": 1.6, "storage tank": 1.6, "bridge": 0.5}  # 1 for all others
 
 def shade(ground, scene):
@@ -323,17 +321,23 @@ LAWN, CROWN, GLASS, WATER, CLOUD = (88, 128, 66), (50, 82, 42), (40, 48, 60), (5
 def paints(colour):
     "Shades of a colour by name; `line` is the white or black that stands out from it."
     c = np.array(colour)
-    shades = {"plain": c, "light": c + 0.4 * (255 - c), "dark": 0.68 * c, "line": (242, 242, 238) if c @ (0.3, 0.59, 0.11) < 150 else (45, 45, 50), "lawn": LAWN, "crown": CROWN, "glass": GLASS}
+    shades = {"plain": c, "light": c + 0.25 * (255 - c), "dark": 0.68 * c, "line": (242, 242, 238) if c @ (0.3, 0.59, 0.11) < 150 else (45, 45, 50), "lawn": LAWN, "crown": CROWN, "glass": GLASS}
     return {name: tuple(int(v) for v in shade) for name, shade in shades.items()}
 
 def draw_details(pen, thing, shades):
-    "Windows, lines, railings, ... of one object."
+    "Windows, railings, ... of one object; lines only from 14 px, under which they would run together and hide its colour."
     parts = DETAILS.get(thing.category, [])
     placed = iter(fine(np.array([p for *_, points in parts for p in points]).reshape(-1, 2) @ turn(thing.angle) * thing.length + thing.at))
     for paint, width, points in parts:
         here = [next(placed) for _ in range(2 * len(points))]
+        if width and thing.length < 14: continue
         if width: pen.line(here, fill=shades[paint], width=max(1, round(width * FINE * thing.length)))
         else: pen.polygon(here, fill=shades[paint])
+
+def draw_cover(pen, kind, outline):
+    "A tree crown or cloud with a lit middle; opaque, so that the mask is exact."
+    colour, middle = {"tree": CROWN, "cloud": CLOUD}[kind], outline.mean(0)
+    for size, gain in ((1, 1), (0.7, 1.06), (0.35, 1.12)): pen.polygon(fine(middle + size * (outline - middle)), fill=tuple(min(255, int(gain * c)) for c in colour))
 
 # %% ../nbs/02_scenes.ipynb #c27de47c
 def draw_scene(
@@ -342,7 +346,7 @@ def draw_scene(
 ) -> Image.Image:
     "The scene as an RGB image of side x side pixels."
     style = get_style(scene.style)
-    colours = {**COLOURS, **dict(style.colours), **TONES}
+    colours = {**COLOURS, **style.colours, **TONES}
     ground = draw_ground(scene, rng)
     shade(ground, scene)
     picture = ground.resize((FINE * scene.side,) * 2, Image.NEAREST)
@@ -355,11 +359,6 @@ def draw_scene(
         if style.details and t.length >= 5: draw_details(pen, t, shades)
     for kind, outline in scene.covers: draw_cover(pen, kind, outline)
     return through_sensor(picture.reduce(FINE), scene.grey, style.sensor, rng)
-
-def draw_cover(pen, kind, outline):
-    "A tree crown or cloud with a lit middle; opaque, so that the mask is exact."
-    colour, middle = (CROWN, outline.mean(0)) if kind == "tree" else (CLOUD, outline.mean(0))
-    for size, gain in ((1, 1), (0.7, 1.06), (0.35, 1.12)): pen.polygon(fine(middle + size * (outline - middle)), fill=tuple(min(255, int(gain * c)) for c in colour))
 
 def through_sensor(image, grey, noise, rng):
     "The image in grey if asked, with noise of pixels and, weaker, of whole columns."
@@ -483,23 +482,23 @@ def by_ordinal(scene, thing):
 
 # %% ../nbs/02_scenes.ipynb #46e6ac9e
 def by_combined(scene, thing):
-    "Pick and colour, pick and where, or colour and where, neither of which is enough; anchors may be named by size."
+    "Pick and colour, size and where, or colour and where, neither of which is enough; anchors may be named by size."
     picks = [dict(pick=word) for word in (*SIZES, *ENDS)]
     cell, named = in_cell(scene, thing), anchors(scene, thing.category, (by_name, by_size))
     wheres = [cell, *(beside(scene, words, *anchor) for anchor in named for words in RELATIONS)]
     wheres = [dict(where=w) for w in wheres if w and w[1](thing)]
     colours = [dict(colour=thing.colour)]
     picks, colours, wheres = ([part for part in parts if not describe(scene, thing, **part)] for parts in (picks, colours, wheres))
-    for first, second in ((picks, colours), (picks[:2], wheres), (colours, wheres)):
+    for first, second in ((picks, colours), ([p for p in picks if p["pick"] in SIZES], wheres), (colours, wheres)):
         for a in first:
             for b in second: yield describe(scene, thing, **a, **b)
 
 RULES = {"name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation, "ordinal": by_ordinal, "combined": by_combined}
 
 # %% ../nbs/02_scenes.ipynb #849f930b
-def get_rules(scene_or_style, rules):
+def get_rules(style, rules):
     "The names asked for, or those of the style. Raises ValueError for an unknown name."
-    rules = get_style(scene_or_style).rules if rules is None else tuple(rules)
+    rules = get_style(style).rules if rules is None else tuple(rules)
     for name in rules:
         if name not in RULES: raise ValueError(f"unknown rule {name!r}: use some of {', '.join(RULES)}")
     return rules
@@ -518,7 +517,6 @@ NOUN = rf"(?:(?P<colour>{options({**COLOURS, **OTHER_COLOURS, **TONES})}) )?(?P<
 SENTENCE = re.compile(rf"the (?:(?P<pick>{options([*ENDS, *SIZES])}) |(?P<ordinal>{options(ORDINALS)}) )?{NOUN}(?(ordinal) from the (?P<start>{options(STARTS)}))"
                       rf"(?: (?:in|at|on) the (?P<place>centre|left|right|(?:top|bottom)(?: left| right)?)| (?P<relation>{options(RELATIONS)}) (?P<anchor>the .+))?")
 
-# %% ../nbs/02_scenes.ipynb #1b66dedd
 def is_at(thing, words, side):
     "True if the centre lies in that third of the picture ('top left', 'right', ...)."
     column, row = (min(int(3 * c / side), 2) for c in thing.centre)
@@ -534,9 +532,8 @@ def meant(text, things, side):
     if said["relation"]:
         anchor = meant(said["anchor"], things, side)
         if len(anchor) != 1: return []
-        axis = "left of|right of|above|below".split("|").index(said["relation"]) // 2
-        before = said["relation"] in ("left of", "above")
-        fits = [t for t in fits if (t.centre[axis] < anchor[0].centre[axis] if before else t.centre[axis] > anchor[0].centre[axis])]
+        x, y = anchor[0].centre
+        fits = [t for t in fits if {"left of": t.centre[0] < x, "right of": t.centre[0] > x, "above": t.centre[1] < y, "below": t.centre[1] > y}[said["relation"]]]
     return in_order(fits, said)
 
 def in_order(fits, said):
@@ -549,7 +546,6 @@ def in_order(fits, said):
     values = sorted(map(value, fits))
     return [t for t in fits if value(t) == values[rank]] if rank < len(values) else []
 
-# %% ../nbs/02_scenes.ipynb #32e59d7e
 def check_expression(
     text: str,     # in the words of this chapter
     scene: Scene,  # with its annotation; the picture is not looked at
