@@ -62,8 +62,7 @@ DETAILS = {  # (paint, line width or 0 for an area, points)
     "storage tank": [("light", 0, circle()), ("plain", 0, circle(radius=0.43)), ("dark", 0.02, [(0, 0), (0.3, 0.3)]), ("dark", 0, circle(8, 0.07))],
     "bridge": [("light", 0.03, [(-0.48, -0.06), (0.48, -0.06)]), ("light", 0.03, [(-0.48, 0.06), (0.48, 0.06)]),
                *[("line", 0.015, [(x, 0), (x + 0.07, 0)]) for x in (-0.45, -0.3, -0.15, 0, 0.15, 0.3)]],
-    "tennis court": [("dark", 0, rectangle(-0.36, -0.19, 0.36, 0.19)),
-                     *[("line", 0.02, [*p, p[0]]) for p in (rectangle(-0.36, -0.19, 0.36, 0.19), rectangle(-0.36, -0.14, 0.36, 0.14), rectangle(-0.19, -0.14, 0.19, 0.14))],
+    "tennis court": [*[("line", 0.02, [*p, p[0]]) for p in (rectangle(-0.36, -0.19, 0.36, 0.19), rectangle(-0.36, -0.14, 0.36, 0.14), rectangle(-0.19, -0.14, 0.19, 0.14))],
                      ("line", 0.02, [(-0.19, 0), (0.19, 0)]), ("line", 0.03, [(0, -0.23), (0, 0.23)])],
     "roundabout": [("line", 0.012, [*circle(16, 0.27), (0.27, 0)]), ("lawn", 0, circle(16, 0.17)), ("crown", 0, circle(8, 0.07)),
                    *[("line", 0.015, [(0.4 * x, 0.4 * y), (0.48 * x, 0.48 * y)]) for x, y in ((1, 0), (0, 1), (-1, 0), (0, -1))]],
@@ -132,7 +131,7 @@ class Style:
     gap: float = 0.02              # between two boxes
     covered: float = 0.0           # share of objects that a cloud or a tree crown is put on or beside
     details: bool = False          # windows, court lines, ...
-    shadow: float = 0.1            # length of a shadow as share of the object's length
+    shadow: float = 0.1            # length of a shadow as share of the object's length; 0: none
     sun: tuple = (0.785, 0.785)    # range of the direction in which shadows fall, radians clockwise from +x
     blotches: tuple = (8, 0.1)     # grid and strength of slow changes of the ground
     grain: float = 3.2             # noise of the ground
@@ -311,7 +310,8 @@ def shade(ground, scene):
     canvas = Image.new("L", (FINE * scene.side,) * 2)
     pen, reach = ImageDraw.Draw(canvas), get_style(scene.style).shadow * np.array([np.cos(scene.sun), np.sin(scene.sun)])
     for t in scene.things:
-        if HEIGHT.get(t.category, 1): pen.polygon(fine(t.outline + HEIGHT.get(t.category, 1) * t.length * reach), fill=110)
+        height = HEIGHT.get(t.category, 1) * t.length
+        if height and reach.any(): pen.polygon(fine(t.outline + height * reach), fill=110)
     ground.paste((20, 22, 28), mask=canvas.reduce(FINE).filter(ImageFilter.BoxBlur(1)))
 
 # %% ../nbs/02_scenes.ipynb #cec4bef9
