@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SHAPES', 'DETAILS', 'RIVER', 'COLOURS', 'GROUNDS', 'TONES', 'RICH', 'OTHER_COLOURS', 'OTHER_GROUNDS', 'ALL_RULES',
            'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'ROUND', 'FINE', 'SURE', 'HEIGHT', 'LAWN', 'CROWN', 'GLASS',
-           'WATER', 'CLOUD', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS', 'STARTS', 'RULES', 'NOUN',
-           'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style', 'Scene', 'get_style',
-           'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure', 'set_visible', 'blob',
-           'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints', 'draw_details', 'draw_cover',
-           'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name', 'by_end', 'by_size', 'third',
-           'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors', 'by_relation', 'by_ordinal',
-           'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant', 'in_order', 'check_expression',
-           'as_png', 'choose', 'scene_records']
+           'WATER', 'CLOUD', 'DETAIL_POINTS', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS', 'STARTS',
+           'RULES', 'NOUN', 'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style', 'Scene',
+           'get_style', 'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure', 'set_visible',
+           'blob', 'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints', 'draw_details',
+           'draw_cover', 'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name', 'by_end',
+           'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors', 'by_relation',
+           'by_ordinal', 'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant', 'in_order',
+           'check_expression', 'as_png', 'choose', 'scene_records']
 
 # %% ../nbs/02_scenes.ipynb #1920d200
 import io
@@ -181,18 +181,17 @@ def clear_boxes(
 
 # %% ../nbs/02_scenes.ipynb #68c88f12
 CORNERS = max(map(len, SHAPES.values()))
-# One length for all outlines, to work on many at once; and the oriented boxes in the unit frame.
-PADDED = {name: np.array([*points, *[points[-1]] * (CORNERS - len(points))]) for name, points in SHAPES.items()}
-FRAMES = {name: np.array(rectangle(*np.min(points, 0), *np.max(points, 0))) for name, points in SHAPES.items()}
+# As complex numbers, where turning and scaling is one product: outlines, all of one length by repeating the last point, and the corners of the oriented boxes.
+PADDED = {name: np.array([*points, *[points[-1]] * (CORNERS - len(points))]) @ (1, 1j) for name, points in SHAPES.items()}
+FRAMES = {name: np.array(rectangle(*np.min(points, 0), *np.max(points, 0))) @ (1, 1j) for name, points in SHAPES.items()}
 
 def propose(rng, categories, which, sizes, skew, angles, side):
-    "(outlines with padding, places, lengths, boxes, inside) of objects of random size and place; `which` indexes the categories, `inside` is False where one sticks out of the picture."
+    "(padded outlines, places, lengths, boxes, inside) of objects of random size and place; `which` indexes the categories, `inside` is False where one sticks out of the picture."
     lengths = side * (sizes[0] + (sizes[1] - sizes[0]) * rng.random(len(which)) ** skew)
-    places = rng.uniform(0, side, (len(which), 2))
-    turns = np.moveaxis(turn(angles), 2, 0) * lengths[:, None, None]
-    outlines, frames = (np.stack([unit[c] for c in categories])[which] @ turns + places[:, None] for unit in (PADDED, FRAMES))
-    boxes = np.hstack([outlines.min(1), outlines.max(1)])
-    inside = (frames.min((1, 2)) >= 0) & (frames.max((1, 2)) <= side)
+    places, turns = rng.uniform(0, side, (len(which), 2)), lengths * np.exp(1j * angles)
+    outlines, frames = (np.stack([unit[c] for c in categories])[which] * turns[:, None] + (places @ (1, 1j))[:, None] for unit in (PADDED, FRAMES))
+    boxes = np.stack([outlines.real.min(1), outlines.imag.min(1), outlines.real.max(1), outlines.imag.max(1)], 1)
+    inside = np.all([(part.min(1) >= 0) & (part.max(1) <= side) for part in (frames.real, frames.imag)], 0)
     return outlines, places, lengths, boxes, inside
 
 ROUND = ("tank", "storage tank")  # a disc has no direction
@@ -208,13 +207,13 @@ def fill_scene(rng, style, side, wanted, colours):
         angles = rng.uniform(0, 2 * np.pi, len(which)) if row is None else row + rng.normal(0, 0.05, len(which))
         angles[np.isin(which, [k for k, c in enumerate(categories) if c in ROUND])] = 0
         outlines, places, lengths, new, inside = propose(rng, categories, which, sizes, style.skew, angles, side)
-        fits = np.flatnonzero(inside)
-        for k in clear_boxes(np.vstack([boxes, new[fits]]), style.gap * side)[len(boxes):wanted]:
-            i = fits[k - len(boxes)]
+        fits, before = np.flatnonzero(inside), len(things)
+        for k in clear_boxes(np.vstack([boxes, new[fits]]), style.gap * side)[before:wanted]:
+            i = fits[k - before]
             name = categories[which[i]]
-            outline = outlines[i, :len(SHAPES[name])]
-            things.append(Thing(name, colours[rng.integers(len(colours))], outline, tuple(places[i].tolist()), float(lengths[i]), float(angles[i])))
-        boxes = np.array([t.box for t in things]).reshape(-1, 4)
+            points = outlines[i, :len(SHAPES[name])]
+            things.append(Thing(name, colours[rng.integers(len(colours))], np.stack([points.real, points.imag], 1), tuple(places[i].tolist()), float(lengths[i]), float(angles[i])))
+            boxes = np.vstack([boxes, new[i]])
         if len(things) == wanted: break
     return things
 
@@ -324,11 +323,12 @@ def paints(colour):
     shades = {"plain": c, "light": c + 0.25 * (255 - c), "dark": 0.68 * c, "line": (242, 242, 238) if c @ (0.3, 0.59, 0.11) < 150 else (45, 45, 50), "lawn": LAWN, "crown": CROWN, "glass": GLASS}
     return {name: tuple(int(v) for v in shade) for name, shade in shades.items()}
 
+DETAIL_POINTS = {name: np.array([p for *_, points in parts for p in points]) for name, parts in DETAILS.items()}
+
 def draw_details(pen, thing, shades):
     "Windows, railings, ... of one object; lines only from 14 px, under which they would run together and hide its colour."
-    parts = DETAILS.get(thing.category, [])
-    placed = iter(fine(np.array([p for *_, points in parts for p in points]).reshape(-1, 2) @ turn(thing.angle) * thing.length + thing.at))
-    for paint, width, points in parts:
+    placed = iter(fine(DETAIL_POINTS[thing.category] @ turn(thing.angle) * thing.length + thing.at))
+    for paint, width, points in DETAILS[thing.category]:
         here = [next(placed) for _ in range(2 * len(points))]
         if width and thing.length < 14: continue
         if width: pen.line(here, fill=shades[paint], width=max(1, round(width * FINE * thing.length)))
@@ -356,7 +356,7 @@ def draw_scene(
     for t in scene.things:
         shades = paints(colours[t.colour])
         pen.polygon(fine(t.outline), fill=shades["plain"], outline=shades["dark" if t.length >= 8 else "plain"])
-        if style.details and t.length >= 5: draw_details(pen, t, shades)
+        if style.details and t.length >= 5 and t.category in DETAILS: draw_details(pen, t, shades)
     for kind, outline in scene.covers: draw_cover(pen, kind, outline)
     return through_sensor(picture.reduce(FINE), scene.grey, style.sensor, rng)
 
