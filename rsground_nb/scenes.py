@@ -321,7 +321,7 @@ def paints(colour):
     "Shades of a colour by name; `line` is the white or black that stands out from it."
     c = np.array(colour)
     shades = {"plain": c, "light": c + 0.25 * (255 - c), "dark": 0.68 * c, "line": (242, 242, 238) if c @ (0.3, 0.59, 0.11) < 150 else (45, 45, 50), "lawn": LAWN, "crown": CROWN, "glass": GLASS}
-    return {name: tuple(int(v) for v in shade) for name, shade in shades.items()}
+    return {name: tuple(int(v) for v in rgb) for name, rgb in shades.items()}
 
 DETAIL_POINTS = {name: np.array([p for *_, points in parts for p in points]) for name, parts in DETAILS.items()}
 
@@ -346,7 +346,7 @@ def draw_scene(
 ) -> Image.Image:
     "The scene as an RGB image of side x side pixels."
     style = get_style(scene.style)
-    colours = {**COLOURS, **style.colours, **TONES}
+    colours = {**COLOURS, **OTHER_COLOURS, **TONES, **style.colours}
     ground = draw_ground(scene, rng)
     shade(ground, scene)
     picture = ground.resize((FINE * scene.side,) * 2, Image.NEAREST)
@@ -392,25 +392,25 @@ def describe(
     colour: str = "",  # the thing's own
     where=None,        # (words, test), test(thing) -> True, False, or None where it is too close
 ):
-    "The sentence with these parts if it is proven to mean this object only, else None."
+    "[the sentence with these parts] if it is proven to mean this object only, else []."
     words, test = where or ("", lambda t: True)
-    if not sure(thing) or not test(thing): return None
+    if not sure(thing) or not test(thing): return []
     rivals = [t for t in same_kind(scene, thing.category) if t is not thing and colour in ("", t.colour) and test(t) is not False]
-    if pick and not (any(sure(t) and test(t) for t in rivals) and beats(scene, thing, pick, rivals)): return None
-    if rivals and not pick: return None
-    return " ".join(part for part in ("the", pick, colour, thing.category, words) if part)
+    if pick and not (any(sure(t) and test(t) for t in rivals) and beats(scene, thing, pick, rivals)): return []
+    if rivals and not pick: return []
+    return [" ".join(part for part in ("the", pick, colour, thing.category, words) if part)]
 
 def by_name(scene, thing):
     "'the red ship', if there is one red ship."
-    yield describe(scene, thing, colour=thing.colour)
+    yield from describe(scene, thing, colour=thing.colour)
 
 def by_end(scene, thing):
     "'the leftmost ship', if it leads the other ships by the margin."
-    for word in ENDS: yield describe(scene, thing, word)
+    for word in ENDS: yield from describe(scene, thing, word)
 
 def by_size(scene, thing):
     "'the largest ship' or 'the smallest ship', by the factor in area."
-    for word in SIZES: yield describe(scene, thing, word)
+    for word in SIZES: yield from describe(scene, thing, word)
 
 # %% ../nbs/02_scenes.ipynb #bb74819b
 def third(value, side, margin=0.0):
@@ -442,7 +442,7 @@ def in_cell(scene, thing):
 def by_cell(scene, thing):
     "'the ship in the top left', if no other ship has its centre there or within 3 % of there; for a side, nowhere in that third."
     where = in_cell(scene, thing)
-    if where: yield describe(scene, thing, where=where)
+    if where: yield from describe(scene, thing, where=where)
 
 # %% ../nbs/02_scenes.ipynb #d1a481a4
 def beside(scene, words, anchor, name):
@@ -457,13 +457,13 @@ def anchors(scene, category, by=(by_name,)):
     "(object, name) for the objects of other categories that one of the rules can name; the first name that fits."
     for t in scene.things:
         if t.category != category:
-            name = next((n for rule in by for n in rule(scene, t) if n), None)
+            name = next((n for rule in by for n in rule(scene, t)), None)
             if name: yield t, name
 
 def by_relation(scene, thing):
     "'the ship left of the red tank', if no other ship lies left of it and the anchor is the only red tank."
     for anchor, name in anchors(scene, thing.category):
-        for words in RELATIONS: yield describe(scene, thing, where=beside(scene, words, anchor, name))
+        for words in RELATIONS: yield from describe(scene, thing, where=beside(scene, words, anchor, name))
 
 # %% ../nbs/02_scenes.ipynb #562a5e03
 ORDINALS = ("second", "third", "fourth")
@@ -491,7 +491,7 @@ def by_combined(scene, thing):
     picks, colours, wheres = ([part for part in parts if not describe(scene, thing, **part)] for parts in (picks, colours, wheres))
     for first, second in ((picks, colours), ([p for p in picks if p["pick"] in SIZES], wheres), (colours, wheres)):
         for a in first:
-            for b in second: yield describe(scene, thing, **a, **b)
+            for b in second: yield from describe(scene, thing, **a, **b)
 
 RULES = {"name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation, "ordinal": by_ordinal, "combined": by_combined}
 
@@ -508,7 +508,7 @@ def expressions(
     rules=None,  # any of name, end, cell, size, relation, ordinal, combined; None: those of the scene's style
 ) -> list:
     "All provable (expression, object, rule) of a scene."
-    return [(text, thing, rule) for rule in get_rules(scene.style, rules) for thing in scene.things for text in RULES[rule](scene, thing) if text]
+    return [(text, thing, rule) for rule in get_rules(scene.style, rules) for thing in scene.things for text in RULES[rule](scene, thing)]
 
 # %% ../nbs/02_scenes.ipynb #1e66cdb2
 def options(words): return "|".join(sorted(words, key=len, reverse=True))
@@ -565,7 +565,7 @@ def choose(scene, rng, rules):
     "One (expression, object, rule): the first rule, in random order, that says something, of the first object that it says it of; None if there is none."
     for rule in rng.permutation(rules).tolist():
         for k in rng.permutation(len(scene.things)):
-            found = [text for text in RULES[rule](scene, scene.things[k]) if text]
+            found = list(RULES[rule](scene, scene.things[k]))
             if found: return found[rng.integers(len(found))], scene.things[k], rule
 
 # %% ../nbs/02_scenes.ipynb #8920f6ea

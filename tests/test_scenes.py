@@ -144,9 +144,9 @@ def test_a_doubtful_rival_silences_the_rules_that_it_could_change():
 def test_a_half_hidden_object_is_called_large_only_by_what_is_seen():
     large, small = replace(place("tank", "red", (30, 30), 20), visible=0.7), place("tank", "blue", (80, 80), 15)
     scene = Scene(100, "soil", [large, small])   # areas 4 : 2.25 = 1.78 whole, 1.24 as seen
-    assert describe(scene, large, "largest") is None and describe(scene, small, "smallest") is None
+    assert describe(scene, large, "largest") == describe(scene, small, "smallest") == []
     large.visible = 0.9
-    assert describe(scene, large, "largest") == "the largest tank" and describe(scene, small, "smallest") == "the smallest tank"
+    assert describe(scene, large, "largest") == ["the largest tank"] and describe(scene, small, "smallest") == ["the smallest tank"]
 
 
 def test_simple_scenes_keep_their_words():
