@@ -326,13 +326,14 @@ def paints(colour):
 DETAIL_POINTS = {name: np.array([p for *_, points in parts for p in points]) for name, parts in DETAILS.items()}
 
 def draw_details(pen, thing, shades):
-    "Windows, railings, ... of one object; lines only from 14 px, under which they would run together and hide its colour."
+    "Windows, lines, railings, ... of one object. A line thinner than can be drawn gets fainter instead."
     placed = iter(fine(DETAIL_POINTS[thing.category] @ turn(thing.angle) * thing.length + thing.at))
     for paint, width, points in DETAILS[thing.category]:
         here = [next(placed) for _ in range(2 * len(points))]
-        if width and thing.length < 14: continue
-        if width: pen.line(here, fill=shades[paint], width=max(1, round(width * FINE * thing.length)))
-        else: pen.polygon(here, fill=shades[paint])
+        thick = width * FINE * thing.length
+        colour = shades[paint] if thick >= 1 or not width else tuple(int(a + thick * (b - a)) for a, b in zip(shades["plain"], shades[paint]))
+        if width: pen.line(here, fill=colour, width=max(1, round(thick)))
+        else: pen.polygon(here, fill=colour)
 
 def draw_cover(pen, kind, outline):
     "A tree crown or cloud with a lit middle; opaque, so that the mask is exact."
