@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'READER', 'SCHEMA', 'to_dataset', 'split_hash', 'compare_rows', 'fingerprint', 'cache_folder',
-           'write_cache', 'read_cache', 'rows_by_split', 'with_images', 'load_folder', 'resplit', 'load_data',
-           'held_out', 'describe', 'caption', 'contact_sheet', 'find_rows', 'browse']
+           'write_cache', 'read_cache', 'rows_by_split', 'with_images', 'load_folder', 'resplit', 'write_jsonl',
+           'split_folder', 'data_parts', 'load_data', 'held_out', 'describe', 'drawn', 'caption', 'contact_sheet',
+           'find_rows', 'browse']
 
 # %% ../nbs/03_data.ipynb #adb6dfbd
 import hashlib
@@ -13,6 +14,7 @@ import html
 import io
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -63,7 +65,7 @@ def compare_rows(
     for r in rows:
         box = (r["image_id"], *r["box"])
         def note(kind, message): findings.append(Finding(kind, message, r["file"], r["line"], r["where"], kept=True))
-        def place(o): return ", ".join(p for p in (o["file"] if o["file"] != r["file"] else "", f"line {o['line']}" if o["line"] else o["where"]) if p)
+        def place(o): return ", ".join(p for p in (o["file"] if o["file"] != r["file"] else "", o["where"] or f"line {o['line']}") if p) + (f" ({o['split']} and {r['split']})" if o["split"] != r["split"] else "")
         same, other = first.setdefault((*box, r["expression"]), r), boxes.setdefault(box, r)
         if same is not r: note("repeated row" if same["split"] == r["split"] else "row in two splits", f"{r['where'] or 'row'} repeats {place(same)}")
         elif other["split"] != r["split"]: note("box in two splits", f"same image and box as {place(other)}, another text")
@@ -98,15 +100,18 @@ def write_cache(place: Path, splits: dict, findings: list):
         with tempfile.TemporaryDirectory(dir=place.parent) as half:
             new = Path(half) / "new"
             new.mkdir()
-            for k, (name, table) in enumerate(splits.items()): pq.write_table(table, new / f"{k}-{name}.parquet")
-            (new / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
-            if not place.exists(): os.replace(new, place)
+            for k, table in enumerate(splits.values()): pq.write_table(table, new / f"{k}.parquet")
+            (new / "about.json").write_text(json.dumps(dict(splits=list(splits), findings=findings)), encoding="utf-8")
+            if place.exists(): shutil.rmtree(place)  # it was there and could not be read
+            os.replace(new, place)
     except OSError as e: warnings.warn(f"the cache {place.parent} cannot be written ({e.strerror}): the next chapter will read the files anew", stacklevel=2)
 
-def read_cache(place: Path) -> tuple:
-    "What `write_cache` wrote."
-    tables = {p.stem.partition("-")[2]: pq.read_table(p) for p in sorted(place.glob("*.parquet"))}
-    return tables, [Finding(*f) for f in json.loads((place / "findings.json").read_text(encoding="utf-8"))]
+def read_cache(place: Path) -> tuple | None:
+    "What `write_cache` wrote; None if it is not there or damaged."
+    try:
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        return {name: pq.read_table(place / f"{k}.parquet") for k, name in enumerate(about["splits"])}, [Finding(*f) for f in about["findings"]]
+    except (OSError, ValueError, KeyError): return None
 
 # %% ../nbs/03_data.ipynb #a694e245
 SCHEMA = Features({**FEATURES, "image": Value("string")}).arrow_schema  # as FEATURES, but the image is a path and nothing else
@@ -129,11 +134,11 @@ def load_folder(
     cache: str | Path | None = None,     # folder that keeps what was read; None: read anew
 ) -> tuple:
     "(splits, findings): a dict of datasets, images not opened, and everything odd about the files. Raises ValueError for a path in none of the layouts, or when numbers of objects cannot be trusted."
-    path = Path(path)
+    path, images = Path(path).absolute(), images and Path(images).absolute()
     if path.is_file() and images is None: images = path.parent
     place = cache and path.exists() and Path(cache) / fingerprint(path, format, str(images))[:32]
-    if place and (place / "findings.json").is_file(): splits, findings = read_cache(place)
-    else:
+    splits, findings = place and read_cache(place) or (None, None)
+    if splits is None:
         found, rows, findings = read_rows(path, format, images)
         fatal = [f for f in findings if found == "dior_rsvg" and f.kind in ("unreadable", "index")]
         if fatal: raise ValueError(f"{path}: {fatal[0]}" + (f" (and {len(fatal) - 1} more: see rsground data doctor)" if len(fatal) > 1 else ""))
@@ -148,23 +153,58 @@ def resplit(
     seed: int = 0,
     shares=(0.6, 0.15, 0.25),       # of the rows, for train, val, test
 ) -> dict:
-    "New train, val and test splits of all rows together. Raises ValueError for an unknown way or shares that do not add up to 1."
+    "New train, val and test splits of all rows together; one that gets no image is left out. Raises ValueError for an unknown way, no rows, or shares that do not add up to 1."
     if how not in ("disjoint", "random"): raise ValueError(f"unknown way {how!r} to split: use disjoint or random")
-    if len(shares) != 3 or abs(sum(shares) - 1) > 1e-9 or min(shares) < 0: raise ValueError(f"shares {shares} must be three numbers from 0 that add up to 1")
-    rows = concatenate_datasets(list(splits.values())).with_format("arrow")
-    table = rows[:]
-    names, group = np.unique(table["image_id"].to_numpy() if how == "disjoint" else np.arange(len(rows)), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    before = np.cumsum(np.bincount(group)[order]) / len(rows)
-    part = np.empty(len(names), int)
-    part[order] = np.searchsorted(np.cumsum(shares)[:2], before - 1e-9)
+    if len(shares) != 3 or not abs(sum(shares) - 1) <= 1e-9 or min(shares) < 0: raise ValueError(f"shares {shares} must be three numbers from 0 that add up to 1")
+    if not splits: raise ValueError("there are no rows to split")
+    table = concatenate_datasets(list(splits.values())).with_format("arrow")[:]
+    names, group = np.unique(table["image_id"].to_numpy() if how == "disjoint" else np.arange(len(table)), return_inverse=True)
+    counts, part, wanted = np.bincount(group), np.empty(len(names), int), np.array(shares) * len(table)
+    for k in np.random.default_rng(seed).permutation(len(names)):  # an image goes where most rows are still wanted
+        part[k] = wanted.argmax()
+        wanted[part[k]] -= counts[k]
     chosen = {name: table.take(np.flatnonzero(part[group] == k)) for k, name in enumerate(SPLITS)}
     at = table.schema.get_field_index("split")
     return {name: Dataset(t.set_column(at, "split", pa.array([name] * len(t))), info=DatasetInfo(features=FEATURES)) for name, t in chosen.items() if len(t)}
 
 # %% ../nbs/03_data.ipynb #65fd1d2a
+def write_jsonl(
+    rows,               # dicts with the keys of FEATURES; `image` is a path, or {"path": ...}, or None
+    path: str | Path,   # a new file
+    root: str | Path,   # the folder that image paths are seen from
+) -> int:
+    "Writes rows as JSON lines and says how many. Raises ValueError if the file exists or lies inside `root`: a dataset is not written into."
+    path, root = Path(path), Path(root).resolve()
+    if path.exists(): raise ValueError(f"{path} exists already: choose a new file")
+    if path.resolve().is_relative_to(root): raise ValueError(f"{path} lies inside the dataset: choose a place outside {root.name}")
+    def image(r): return r["image"]["path"] if isinstance(r["image"], dict) else r["image"]
+    def line(r): return json.dumps({**{name: r.get(name) for name in FEATURES}, "image": image(r) and Path(os.path.relpath(Path(image(r)).resolve(), root)).as_posix()}, ensure_ascii=False)
+    text = "".join(line(r) + "\n" for r in rows)
+    path.write_text(text, encoding="utf-8")
+    return text.count("\n")
+
+def split_folder(
+    path: str | Path,    # a dataset
+    out: str | Path,     # the new file
+    how: str = "disjoint", seed: int = 0,  # of `resplit`
+) -> pd.DataFrame:
+    "Writes a new split of a dataset as JSON lines; gives the table of its sizes and hashes. Use it as FILE@FOLDER. Raises ValueError."
+    splits, _ = load_folder(path)
+    new = resplit(splits, how, seed)
+    rows = [r for part in new.values() for r in part.cast_column("image", Image(decode=False))]
+    write_jsonl(rows, out, path)
+    return describe(new)[0]
+
+# %% ../nbs/03_data.ipynb #8afe7d95
+def data_parts(
+    data: str,  # PATH, or FILE@FOLDER: rows from the file, images below the folder
+) -> tuple:
+    "(path, image folder or None)."
+    path, at, images = data.rpartition("@")
+    return (path, images) if at and Path(path).is_file() else (data, None)
+
 def load_data(
-    data: str,     # "scenes", or a folder in one of the layouts of chapter 02b
+    data: str,     # "scenes", a folder in one of the layouts of chapter 02b, or FILE@FOLDER
     scale: Scale,  # how many scenes of which size
     seed: int,
 ) -> tuple:
@@ -172,10 +212,11 @@ def load_data(
     if data == "scenes":
         sizes = dict(train=scale.num_train, val=scale.num_val, test=scale.num_test)
         return {split: to_dataset(list(scene_records(n, seed, scale.image_side, split))) for split, n in sizes.items()}, []
-    if not Path(data).exists(): raise ValueError(f"{data} is not a folder (use \"scenes\" for drawn scenes)")
-    splits, findings = load_folder(data, cache=cache_folder())
+    path, images = data_parts(data)
+    if not Path(path).exists(): raise ValueError(f"{data} is not a folder (use \"scenes\" for drawn scenes)")
+    splits, findings = load_folder(path, images=images, cache=cache_folder())
     if "train" not in splits: raise ValueError(f"{data} has no usable training rows" + (f": {findings[0]}" if findings else ""))
-    if splits["train"].with_format(None).cast_column("image", Image(decode=False))[0]["image"] is None: raise ValueError(f"{data} has no images: a model cannot be trained on it")
+    if splits["train"].cast_column("image", Image(decode=False))[0]["image"] is None: raise ValueError(f"{data} has no images: a model cannot be trained on it")
     return splits, findings
 
 def held_out(
@@ -184,16 +225,20 @@ def held_out(
     "The split to judge a model on: test, else val. 'train' if there is no other, and then the judgement is worth little."
     return next(name for name in ("test", "val", "train") if name in splits)
 
-# %% ../nbs/03_data.ipynb #8afe7d95
+# %% ../nbs/03_data.ipynb #2a5f3e01
 def describe(
     splits: dict,  # of load_data
 ) -> tuple:
     "Two tables: rows, images and hash of every split; and rows by category."
-    sizes = pd.DataFrame([dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows)) for name, rows in splits.items()]).set_index("split")
+    sizes = pd.DataFrame([dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows)) for name, rows in splits.items()], columns=["split", "N", "images", "hash"]).set_index("split")
     kinds = pd.DataFrame({name: Counter(c or "(none)" for c in rows["category"]) for name, rows in splits.items()}).fillna(0).astype(int)
     return sizes, kinds.loc[kinds.sum(axis=1).sort_values(ascending=False, kind="stable").index]
 
 # %% ../nbs/03_data.ipynb #365398d8
+def drawn(row: dict, side: int) -> PILImage.Image:
+    "The image of a row with its true box, its longer side `side` pixels long; a grey square where there is no image."
+    return draw_boxes(row["image"], true=row["box"], zoom=side / max(row["width"], row["height"])) if row["image"] else PILImage.new("RGB", (side, side), "lightgrey")
+
 def caption(draw, text, left, top, width):
     "Writes `text` in lines of at most `width` pixels; two lines at most."
     line, lines = "", []
@@ -213,7 +258,7 @@ def contact_sheet(
     sheet = PILImage.new("RGB", (columns * (side + 10), -(-len(rows) // columns) * (side + 40)), "white")
     for k, row in enumerate(rows):
         left, top = k % columns * (side + 10) + 5, k // columns * (side + 40) + 5
-        sheet.paste(draw_boxes(row["image"], true=row["box"], zoom=side / max(row["width"], row["height"])), (left, top))
+        sheet.paste(drawn(row, side), (left, top))
         caption(ImageDraw.Draw(sheet), row["expression"], left, top + side + 3, side)
     return sheet
 
@@ -242,9 +287,9 @@ def browse(
         if change is None or change["owner"] is not at: at.max, at.value = max(0, len(found) - 1), 0
         if not found: title.value, picture.layout.display = "no row matches", "none"; return
         row = rows[found[min(at.value, len(found) - 1)]]
-        title.value = f"{at.value + 1} of {len(found)}: <b>{html.escape(row['expression'])}</b> ({html.escape(row['expression_id'])})"
+        title.value = f"{at.value + 1} of {len(found)}: <b>{html.escape(row['expression'])}</b> ({html.escape(row['expression_id'] or '')})"
         buffer = io.BytesIO()
-        draw_boxes(row["image"], true=row["box"], zoom=400 / max(row["width"], row["height"])).save(buffer, format="PNG")
+        drawn(row, 400).save(buffer, format="PNG")
         picture.value, picture.layout.display = buffer.getvalue(), ""
     for part in (words, kind, at): part.observe(show, "value")
     show()

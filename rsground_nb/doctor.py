@@ -6,7 +6,6 @@
 __all__ = ['ENDINGS', 'check_image', 'Report', 'bad_images', 'examine', 'count_objects', 'write_manifest', 'doctor']
 
 # %% ../nbs/03b_doctor.ipynb #3b6b6ddb
-import json
 import os
 import sys
 from collections import Counter
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import PIL.Image
 from tqdm import tqdm
 
-from .data import FEATURES, compare_rows
-from .files import Defect, Finding, ImageFolder, guess_format, image_size, read_index, read_rows
+from .data import compare_rows, write_jsonl
+from .files import WRONG, Defect, Finding, ImageFolder, annotation_files, finding, guess_format, image_size, lines_of, read_index, read_rows
 
 # %% ../nbs/03b_doctor.ipynb #e9ed46d6
 ENDINGS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}
@@ -43,16 +42,17 @@ class Report(NamedTuple):
     rows: list      # the good ones
     findings: list  # of Finding
     images: int     # how many were looked at
+    root: Path      # the folder that the manifest's image paths are seen from
 
 def bad_images(paths, root, decode):
-    "Findings about images, by path."
+    "Findings about images, by path; `paths` counts the rows of each."
     found = {}
     for path in tqdm(sorted(paths), desc="looking at images", unit=" images", delay=3):
         name = os.path.relpath(path, root)
         try:
             ImageFolder([path.parent]).find(path.name)
             found[path] = [Finding(d.kind, str(d), name, kept=True) for d in check_image(path, decode)]
-        except Defect as e: found[path] = [Finding(e.kind, str(e), name)]
+        except WRONG as e: found[path] = [finding(e, name, rows=paths[path])]
     return found
 
 def examine(
@@ -66,34 +66,30 @@ def examine(
     if not path.exists() and not path.is_symlink(): raise ValueError(f"{path} does not exist")
     root = path if path.is_dir() else path.parent
     pictures = [p for p in ([path] if not path.is_dir() else sorted(path.iterdir())) if p.suffix.lower() in ENDINGS]
-    if format == "images" or (format is None and pictures and guess_format(path) is None):
-        found = bad_images(pictures, root, decode)
-        return Report(path, "images", [], [f for odd in found.values() for f in odd], len(found))
+    if format == "images" and not pictures: raise ValueError(f"{path} holds no image")
+    if format == "images" or (format is None and pictures and (path.is_file() or guess_format(path) is None)):
+        found = bad_images(dict.fromkeys(pictures, 0), root, decode)
+        return Report(path, "images", [], [f for odd in found.values() for f in odd], len(found), root)
     if path.is_file() and (format == "index" or (format is None and guess_format(path) == "index")):
-        return Report(path, "index", [], read_index(path, count_objects(root))[1], 0)
+        return Report(path, "index", [], read_index(path, count_objects(root))[1], 0, root)
     format, rows, findings = read_rows(path, format, images, probe=True)
-    found = bad_images({Path(r["image"]) for r in rows if r["image"]}, root, decode)
+    found = bad_images(Counter(Path(r["image"]) for r in rows if r["image"]), root, decode)
     broken = {str(p) for p, odd in found.items() if any(not f.kept for f in odd)}
     good = [r for r in rows if r["image"] not in broken]
-    return Report(path, format, good, findings + [f for odd in found.values() for f in odd] + compare_rows(good), len(found))
+    return Report(path, format, good, findings + [f for odd in found.values() for f in odd] + compare_rows(good), len(found), Path(images) if images else root)
 
 def count_objects(root: Path) -> int | None:
     "How many objects the Annotations folder beside an index file holds; None if there is none."
     if not (root / "Annotations").is_dir(): return None
-    return sum(p.read_bytes().count(b"<object>") for p in (root / "Annotations").glob("*.xml"))
+    return sum(len(lines_of(p.read_bytes(), "object")) for p in annotation_files(root) if p.is_file())
 
 # %% ../nbs/03b_doctor.ipynb #84b8f113
 def write_manifest(
     report: Report,
     path: str | Path,  # a new file, outside the dataset
 ) -> int:
-    "Writes the good rows as JSON lines, images relative to the dataset's folder; says how many. Raises ValueError instead of overwriting a file or writing into the dataset."
-    path, root = Path(path), (report.path if report.path.is_dir() else report.path.parent).resolve()
-    if path.exists(): raise ValueError(f"{path} exists already: choose a new file")
-    if path.resolve().is_relative_to(root): raise ValueError(f"{path} lies inside the dataset: choose a place outside {report.path}")
-    def line(r): return json.dumps({name: os.path.relpath(r["image"], root) if name == "image" and r["image"] else r.get(name) for name in FEATURES}, ensure_ascii=False)
-    path.write_text("".join(line(r) + "\n" for r in report.rows), encoding="utf-8")
-    return len(report.rows)
+    "Writes the good rows as JSON lines, images as seen from `report.root`; says how many. Raises ValueError instead of overwriting a file or writing into the dataset."
+    return write_jsonl(report.rows, path, report.root)
 
 # %% ../nbs/03b_doctor.ipynb #43a25c52
 def doctor(
@@ -106,12 +102,11 @@ def doctor(
     "Prints what `examine` finds. Exit code: 0 nothing found, 1 findings, 2 not readable at all."
     try:
         report = examine(path, format, images, decode)
-        counts, refused = Counter(f.kind for f in report.findings), sum(not f.kept for f in report.findings)
-        print(f"{path}: format {report.format}{'' if format else ' (guessed)'}, {len(report.rows)} good rows, {report.images} images looked at")
-        print(f"{len(report.findings)} findings" + (f", {refused} of them cost a row, an image or a file" if report.findings else ""))
+        counts, lost = Counter(f.kind for f in report.findings), sum(f.rows for f in report.findings if not f.kept)
+        print(f"{path}: format {report.format}{'' if format else ' (guessed)'}, {len(report.rows)} good rows, {lost} lost, {report.images} images looked at; {len(report.findings)} findings")
         for kind, count in counts.most_common(): print(f"  {count:6d}  {kind}")
         for finding in report.findings: print(finding)
-        if manifest: print(f"{write_manifest(report, manifest)} good rows written to {manifest}")
+        if manifest: print(f"{write_manifest(report, manifest)} good rows written; use them as {manifest}@{report.root}")
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
         return 2

@@ -90,8 +90,8 @@ def test_a_split_has_the_asked_shares():
 def test_rows_that_repeat_each_other_are_named(shared):
     _, rows, _ = read_rows(shared / "rsvg_hr")
     said = [str(f) for f in compare_rows(rows)]
-    for line, other in ((146, 610), (147, 697), (148, 778)): assert f"rsvg_hr_test.txt, line {line}: row repeats rsvg_hr_train.txt, line {other}" in said
-    assert "rsvg_hr_test.txt, line 434: same image and box as rsvg_hr_train.txt, line 1638, another text" in said
+    for line, other in ((146, 610), (147, 697), (148, 778)): assert f"rsvg_hr_test.txt, line {line}: row repeats rsvg_hr_train.txt, line {other} (train and test)" in said
+    assert "rsvg_hr_test.txt, line 434: same image and box as rsvg_hr_train.txt, line 1638 (train and test), another text" in said
     assert "test: 46 images are in train and test (47 rows of test)" in said and len(said) == 5
 
 

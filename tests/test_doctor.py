@@ -87,12 +87,12 @@ def test_the_known_defects_of_rsvg_hr_are_named_with_their_lines(shared):
     test = {172: "over the edge", 265: "spacing", **dict.fromkeys((146, 147, 148), "row in two splits"), 434: "box in two splits"}
     expected = {("rsvg_hr_train.txt", k): v for k, v in train.items()} | {("rsvg_hr_test.txt", k): v for k, v in test.items()}
     assert {place: f.kind for place, f in said.items()} == expected
-    assert said["rsvg_hr_test.txt", 148].message == "row repeats rsvg_hr_train.txt, line 778"
+    assert said["rsvg_hr_test.txt", 148].message == "row repeats rsvg_hr_train.txt, line 778 (train and test)"
 
 
 def test_real_crops_are_healthy(shared, capsys):
     assert main(["data", "doctor", str(shared / "aerial_mini"), "--quick"]) == 0
-    assert "282 good rows, 85 images looked at" in capsys.readouterr().out
+    assert "282 good rows, 0 lost, 85 images looked at; 0 findings" in capsys.readouterr().out
 
 
 def test_the_manifest_holds_the_good_rows_and_nothing_is_overwritten(shared, tmp_path):

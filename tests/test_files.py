@@ -10,7 +10,7 @@ from PIL import Image
 
 from rsground_nb.boxes import decode_mask, encode_mask, mask_box
 from rsground_nb.data import load_folder
-from rsground_nb.files import LAYOUTS, Defect, ImageFolder, coco_runs, guess_format, number, open_pickle, read_index, read_rows, read_xml, run_lengths
+from rsground_nb.files import LAYOUTS, Defect, ImageFolder, coco_runs, files_of, guess_format, number, open_pickle, read_index, read_rows, read_xml, run_lengths
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>\n"
 
@@ -264,7 +264,7 @@ def mutated_bytes(data, rng):
 def test_broken_files_give_findings_and_never_an_exception(format, tmp_path):
     MAKERS[format](tmp_path)
     rng = np.random.default_rng(0)
-    files = [f for pattern in LAYOUTS[format].files.values() for f in sorted(tmp_path.glob(pattern))] + [f for f in [tmp_path / "rrsisd" / "instances.json", tmp_path / "train.txt", tmp_path / "classes.txt"] if f.is_file()]
+    files = [f for _, f in files_of(tmp_path, LAYOUTS[format])] + [f for f in [tmp_path / "rrsisd" / "instances.json", tmp_path / "train.txt", tmp_path / "classes.txt"] if f.is_file()]
     for file in files:
         whole = file.read_bytes()
         for k in range(300):
