@@ -37,8 +37,9 @@ def resampled(
     seed: int = 0,
     draws: int = 1000,
 ) -> np.ndarray:
-    "(draws, columns): the column totals of as many images as there are, drawn with replacement."
+    "(draws, columns): the column totals of as many images as there are, drawn with replacement. Raises ValueError for no images."
     rng, n = np.random.default_rng(seed), len(sums)
+    if not n: raise ValueError("no images to draw from")
     totals, step = np.empty((draws, sums.shape[1])), max(1, 2_000_000 // n)
     for k in range(0, draws, step):
         part = min(step, draws - k)
@@ -237,7 +238,7 @@ def strata(
     kept = pd.DataFrame(boxes).assign(image=table.image_id).drop_duplicates()
     crowd = table.image_id.map(kept.image.value_counts()).to_numpy()
     size, crowding = np.digitize(share, list(SIZES.values())), np.digitize(crowd, list(CROWDS.values()), right=True)
-    column, row = np.clip((3 * (boxes[:, :2] + boxes[:, 2:]) / 2 / sides).astype(int), 0, 2).T  # as `region` of chapter 05
+    column, row = np.clip((3 * ((boxes[:, :2] + boxes[:, 2:]) / 2 / sides)).astype(int), 0, 2).T  # as `region` of chapter 05
     cues = [cue_types(e) for e in table.expression]
     return pd.DataFrame({**{("size", name): size == k for k, name in enumerate(SIZES)}, **{("cell", name): 3 * row + column == k for k, name in enumerate(CELLS)},
                          **{("cue", name): [name in c for c in cues] for name in CUE_TYPES}, **{("crowding", name): crowding == k for k, name in enumerate(CROWDS)}})
@@ -270,7 +271,7 @@ def plot_strata(
     metric: str = "Pr@0.5",
 ):
     "A figure with one panel per stratum: the metric of each group with its interval; hollow where the group is too small for one."
-    figure = Figure(figsize=(11, 3.2), dpi=80)
+    figure = Figure(figsize=(12, 3), dpi=75)
     for ax, (name, part) in zip(figure.subplots(1, table.stratum.nunique(), sharex=True), table.groupby("stratum", sort=False)):
         for k, row in enumerate(part.to_dict("records")):
             bar = [[row[metric] - row[f"{metric}_low"]], [row[f"{metric}_high"] - row[metric]]]

@@ -12,7 +12,8 @@ from shapely.geometry import box as shape
 
 from rsground_nb.boxes import encode_mask, iou
 from rsground_nb.cot import cues, region
-from rsground_nb.evaluate import (FIVE, MODES, areas, check_predictions, compare_modes, cue_types, evaluate_file, interval, load_predictions, mask_metrics, read_mask, read_predictions,
+from rsground_nb.data import load_dior_rsvg
+from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, constant_guess, cue_types, evaluate_file, interval, load_predictions, mask_metrics, read_mask, read_predictions,
                                   resampled, score, score_strata, strata, tally, write_predictions)
 
 # One table per mode: predicted, true, IoU as a fraction, how it comes about. None: no box was answered. T is the truth unless another is given.
@@ -566,3 +567,17 @@ def test_masks_of_different_size_are_refused_by_id():
     with pytest.raises(ValueError, match="b: the predicted mask is 9x9, the true one 10x10"): mask_metrics([mask(0, 0, 1, 1), mask(0, 0, 1, 1, 9)], [mask(0, 0, 1, 1)] * 2, ["1", "2"], ids=["a", "b"])
     with pytest.raises(ValueError, match="1 predicted masks, 2 true ones"): mask_metrics([None], [mask(0, 0, 1, 1)] * 2, ["1", "2"])
     with pytest.raises(ValueError, match="no predictions"): mask_metrics([], [], [])
+
+
+# ---- a folder from disk
+
+def test_the_truth_of_a_folder_scores_1_under_every_mode_and_its_mean_box_does_not(shared, tmp_path):
+    splits, _ = load_dior_rsvg(shared / "aerial_mini")
+    rows = splits["test"]
+    write_predictions([dict(expression_id=e, predicted=b) for e, b in zip(rows["expression_id"], rows["box"])], tmp_path / "truth.jsonl")
+    modes, groups = evaluate_file(tmp_path / "truth.jsonl", rows, draws=50)
+    assert (modes.N == len(rows)).all() and modes["Pr@0.5"].eq(1).all() and modes.meanIoU.to_numpy() == pytest.approx(np.ones(len(MODES)))
+    guess = [dict(expression_id=e, predicted=list(p["predicted"])) for e, p in zip(rows["expression_id"], constant_guess(splits["train"], rows))]
+    write_predictions(guess, tmp_path / "guess.jsonl")
+    assert evaluate_file(tmp_path / "guess.jsonl", rows, draws=50)[0].meanIoU.max() < 0.9
+    assert groups[groups.stratum != "cue"].groupby("stratum").N.sum().eq(len(rows)).all()
