@@ -219,6 +219,14 @@ def test_means_and_sums_of_the_standard_set():
     assert row.cumIoU == pytest.approx(shared / union)
 
 
+@pytest.mark.parametrize("mode, predicted, true, side, shared, union", [
+    ("standard", (5, 5, 15, 15), T, 100, 25, 175), ("lqvg", (0, 0, 5, 10), T, 100, 50, 100), ("lpva", (0, 0, 16, 32), Q, 64, 1 / 8, 1 / 4), ("vrsbench", (19, 10, 28, 19), C, 100, 10, 190),
+    ("vlm_r1", (8, 0, 18, 10), T, 100, 20, 180), ("vlm_r1", (9, 0, 19, 10), T, 100, 0, 200), ("rsthinker", (20, 20, 20, 20), X, 1000, 100, 700)])
+def test_what_goes_into_the_sums_is_in_the_units_of_the_mode(mode, predicted, true, side, shared, union):
+    """Pixels, shares of the image, cells. An overlap that vlm_r1 does not count is not taken off the union either."""
+    assert [v.item() for v in MODES[mode].ious(*arrays([(predicted, true)], side))[1:]] == pytest.approx([shared, union])
+
+
 def test_an_answer_without_a_box_keeps_the_truth_in_the_union():
     for mode in MODES:
         (value,), (shared,), (union,) = MODES[mode].ious(np.full((1, 4), np.nan), np.array([[0.0, 0, 10, 10]]), np.array([[20.0, 20]]))
