@@ -6,7 +6,7 @@
 __all__ = ['GRID', 'NOTATION', 'NUMBER', 'BOX', 'NUMERAL', 'LIST', 'BRACES', 'POINTS', 'GROUP', 'WIDE', 'LARGEST', 'TRUE_COLOUR',
            'PREDICTED_COLOUR', 'smart_resize', 'Codec', 'iou', 'enclosing', 'area', 'centre_distance', 'giou', 'diou',
            'Parsed', 'refusal', 'parse_box', 'turned_box', 'between', 'parse_completion', 'completion_box',
-           'draw_boxes', 'encode_mask', 'decode_mask', 'mask_box']
+           'draw_boxes', 'encode_mask', 'run_lengths', 'read_mask', 'decode_mask', 'mask_box']
 
 # %% ../nbs/01_boxes.ipynb #b3a3fb30
 import json
@@ -234,15 +234,42 @@ def encode_mask(
     runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
 
+def run_lengths(
+    counts: str,  # of `encode_mask`
+) -> list:
+    "How many pixels off, on, off, ...: five bits a letter, lowest first; from the fourth number on, the difference to the one two before. Raises ValueError."
+    runs, value, shift = [], 0, 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30: raise ValueError(f"{letter!r} does not belong in run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32: continue  # more of this number follows
+        runs.append(value - (bits & 16 and 1 << shift) + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+def read_mask(
+    text: str,  # of `encode_mask`
+) -> dict:
+    "{size, counts} for pycocotools, which does not check them. Raises ValueError unless the runs fill the mask exactly."
+    try:
+        mask = json.loads(text)
+        (height, width), runs = mask["size"], run_lengths(mask["counts"])
+    except (TypeError, KeyError, AttributeError, RecursionError): raise ValueError("not a mask: {\"size\": [height, width], \"counts\": text} is needed") from None
+    if not (type(height) is type(width) is int and height > 0 and width > 0): raise ValueError(f"size {mask['size']} is not [height, width]")
+    if min(runs, default=-1) < 0 or sum(runs) != height * width: raise ValueError(f"run lengths do not fill a mask of {width}x{height}")
+    return {"size": [height, width], "counts": mask["counts"].encode("ascii")}
+
 def decode_mask(
     text: str,  # of `encode_mask`
 ) -> np.ndarray:
-    "(height, width) array of bool."
-    return coco_mask.decode(json.loads(text)).astype(bool)
+    "(height, width) array of bool. Raises ValueError for a text that is no mask."
+    return coco_mask.decode(read_mask(text)).astype(bool)
 
 def mask_box(
     text: str,  # of `encode_mask`
 ) -> tuple | None:
     "(x1, y1, x2, y2) around the mask in pixels, right and bottom edge included; None for an empty mask."
-    x, y, w, h = coco_mask.toBbox(json.loads(text)).tolist()
+    x, y, w, h = coco_mask.toBbox(read_mask(text)).tolist()
     return (x, y, x + w, y + h) if w and h else None

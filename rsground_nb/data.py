@@ -61,7 +61,7 @@ def compare_rows(
     rows: list,  # of `read_rows`
 ) -> list:
     "Findings about rows that repeat each other within a split or across splits. All rows are kept."
-    findings, first, boxes, images = [], {}, {}, {}
+    findings, first, boxes, images, ids = [], {}, {}, {}, {}
     for r in rows:
         box = (r["image_id"], *r["box"])
         def note(kind, message): findings.append(Finding(kind, message, r["file"], r["line"], r["where"], kept=True))
@@ -69,6 +69,8 @@ def compare_rows(
         same, other = first.setdefault((*box, r["expression"]), r), boxes.setdefault(box, r)
         if same is not r: note("repeated row" if same["split"] == r["split"] else "row in two splits", f"{r['where'] or 'row'} repeats {place(same)}")
         elif other["split"] != r["split"]: note("box in two splits", f"same image and box as {place(other)}, another text")
+        name = ids.setdefault(r["expression_id"], r)
+        if name is not r and same is r: note("repeated id", f"expression_id {r['expression_id']!r} also names {place(name)}")
         images.setdefault(r["image_id"], Counter())[r["split"]] += 1
     for a, b in [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1:]]:
         shared = [c[b] for c in images.values() if c[a] and c[b]]

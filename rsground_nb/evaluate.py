@@ -8,7 +8,7 @@ __all__ = ['FIVE', 'MODES', 'CUE', 'CUE_TYPES', 'SIZES', 'CROWDS', 'CELLS', 'FEW
            'rsthinker_iou', 'Mode', 'check_boxes', 'tally', 'compare_modes', 'cue_types', 'truth_table', 'strata',
            'score_strata', 'plot_strata', 'predict', 'write_predictions', 'read_predictions', 'score', 'refuse', 'once',
            'is_box', 'read_line', 'disagrees', 'check_predictions', 'load_predictions', 'as_arrays', 'evaluate_file',
-           'read_mask', 'mask_areas', 'mask_metrics', 'constant_guess', 'gain', 'evaluate_stage']
+           'mask_areas', 'mask_metrics', 'constant_guess', 'gain', 'evaluate_stage']
 
 # %% ../nbs/10_evaluate.ipynb #d3c61878
 import json
@@ -23,7 +23,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
-from .boxes import completion_box, iou, parse_completion
+from .boxes import completion_box, iou, parse_completion, read_mask
 from .data import held_out, load_data, split_hash
 from .grpo import grpo_stage
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
@@ -414,28 +414,6 @@ def evaluate_file(
     modes.insert(3, "missing", sum("missing" in p for p in found))
     return modes, score_strata(*arrays, strata(rows), seed=seed, draws=draws)
 
-# %% ../nbs/10_evaluate.ipynb #9faf4b03
-def read_mask(
-    text: str,  # of `encode_mask`
-) -> dict:
-    "The run lengths for pycocotools. Raises ValueError unless they are non-negative and fill the mask exactly."
-    try:
-        mask = json.loads(text)
-        (height, width), counts = mask["size"], mask["counts"].encode("ascii")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): raise ValueError("not a mask: {\"size\": [height, width], \"counts\": text} is needed") from None
-    if not (type(height) is type(width) is int and height > 0 and width > 0 and height * width < 2 ** 31): raise ValueError(f"size {mask['size']} is not [height, width]")
-    if not all(48 <= byte < 112 for byte in counts): raise ValueError("counts hold a character that run lengths do not use")
-    runs, value, shift = [], 0, 0
-    for byte in counts:  # five bits at a time, lowest first; bit 32: more follow; bit 16 of the last: negative; from the third run on, the difference to the run two before
-        value |= (byte - 48 & 31) << shift
-        shift += 5
-        if shift > 35: raise ValueError("a run length is larger than any mask")
-        if byte - 48 & 32: continue
-        runs.append(value - (byte - 48 & 16 and 1 << shift) + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift or any(r < 0 for r in runs) or sum(runs) != height * width: raise ValueError(f"run lengths do not fill a mask of {width}x{height}")
-    return {"size": [height, width], "counts": counts}
-
 # %% ../nbs/10_evaluate.ipynb #c4442315
 def mask_areas(
     predicted: str | None,  # text of `encode_mask`; None: no mask was answered
@@ -507,7 +485,7 @@ def evaluate_stage(
                 if split == judged: stages[name] = found
         table = [dict(split=s, **score(read_predictions(out / "predictions" / f"GRPO_{s}.jsonl")), hash=split_hash(rows)) for s, rows in splits.items()]
         pd.DataFrame(table).to_csv(out / "metrics.csv", index=False)
-        compared = [dict(stage=s, split=judged, **score(found), **gain(found, stages["constant guess"])) for s, found in stages.items()]
+        compared = [dict(stage=s, split=judged, **score(found), **gain(found, stages["constant guess"]), hash=split_hash(splits[judged])) for s, found in stages.items()]
         pd.DataFrame(compared).to_csv(out / "stages.csv", index=False)
         finish_stage(out / "predictions", **settings)
     return pd.read_csv(out / "metrics.csv")

@@ -9,9 +9,9 @@ __all__ = ['CORNERS', 'MOST_PIXELS', 'WRONG', 'SPLITS', 'VRSBENCH_SIDE', 'LAYOUT
            'ImageFolder', 'lines_of', 'declared_size', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg',
            'read_rsvg_hr', 'braces', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects',
            'read_refgeo', 'known_mask', 'image_mask', 'jsonl_parts', 'read_jsonl', 'coco_runs', 'polygon_mask',
-           'run_lengths', 'open_instances', 'coco_row', 'only_ones', 'read_coco', 'read_refer', 'read_phrases',
-           'find_stem', 'read_voc', 'stems_by_split', 'class_names', 'read_yolo', 'Layout', 'files_of', 'formats_of',
-           'described', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
+           'open_instances', 'coco_row', 'only_ones', 'read_coco', 'read_refer', 'read_phrases', 'find_stem',
+           'read_voc', 'stems_by_split', 'class_names', 'read_yolo', 'Layout', 'files_of', 'formats_of', 'described',
+           'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -34,7 +34,7 @@ from defusedxml.ElementTree import fromstring
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from .boxes import encode_mask, mask_box, parse_box
+from .boxes import encode_mask, mask_box, parse_box, run_lengths
 
 # %% ../nbs/02b_files.ipynb #505cf5a8
 class Defect(ValueError):
@@ -488,7 +488,8 @@ def coco_runs(found, width: int, height: int) -> str | None:
     if isinstance(runs, list): return polygon_mask(runs, width, height)
     size, counts = list_field(runs, "size"), field(runs, "counts")
     if size != [height, width]: raise Defect("bad mask", f"mask {'x'.join(map(quote, size))} (h x w), image {height}x{width}")
-    counts = run_lengths(counts) if isinstance(counts, str) else list_field(runs, "counts")
+    try: counts = run_lengths(counts) if isinstance(counts, str) else list_field(runs, "counts")
+    except ValueError as e: raise Defect("bad mask", str(e)) from None
     if not all(type(n) is int and n >= 0 for n in counts): raise Defect("bad mask", "run lengths must be whole numbers from 0")
     if sum(counts) != height * width: raise Defect("bad mask", f"RLE covers {quote(sum(counts))} of {height * width} pixels")
     return encode_mask(np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T)
@@ -499,20 +500,6 @@ def polygon_mask(polygons: list, width: int, height: int) -> str:
     points, reach = [numbers(p, ["polygon"] * len(p)) for p in polygons], 2 * max(width, height)
     if any(abs(v) > reach for p in points for v in p): raise Defect("bad mask", f"a polygon leaves the image {width}x{height} by far")
     return encode_mask(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(points, height, width))))
-
-def run_lengths(text: str) -> list:
-    "The numbers in COCO's compressed run lengths: five bits a letter, lowest first, each but the first three as a difference to the number two before."
-    found, value, shift = [], 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or shift > 60: raise Defect("bad mask", f"{letter!r} does not belong in run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16: value -= 1 << shift
-            found.append(value + (found[-2] if len(found) > 2 else 0))
-            value = shift = 0
-    return found
 
 # %% ../nbs/02b_files.ipynb #890baec5
 def open_instances(path: Path) -> tuple:

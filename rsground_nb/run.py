@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'whole_path', 'new_run',
            'run_chapters', 'as_data_url', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser',
-           'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'split_command', 'main']
+           'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
+           'split_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -214,6 +215,13 @@ def parser():
     run.add_argument("--data", help='"scenes" (default), a folder in one of the layouts of chapter 02b, or FILE@FOLDER: rows from a manifest, images from a folder')
     run.add_argument("--out", help="folder of the run; default runs/<data>-<scale>-<seed>")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest unfinished one in runs/")
+    score = commands.add_parser("evaluate", help="score a prediction file under every public convention")
+    score.add_argument("predictions", help="JSON lines with expression_id and predicted (chapter 10)")
+    score.add_argument("--data", required=True, help="the data that were predicted, as for run")
+    score.add_argument("--split", help="default: test, else val, else train")
+    score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    score.add_argument("--out", help="write the two tables as CSV files into this new folder")
+    for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
     data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
     doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
@@ -290,6 +298,37 @@ def run_command(args):
     print(f"done in {(time.time() - began) / 60:.1f} minutes. Open {shown}/report.html")
     return 0
 
+def readable(table):
+    "The table as text; a metric and its two bounds in one cell."
+    def cell(row, name):
+        if row[name] != row[name]: return "-"
+        if f"{name}_low" not in row: return str(row[name])
+        return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})" if row[name + "_low"] == row[name + "_low"] else "")
+    names = [n for n in table.columns if not n.endswith(("_low", "_high"))]
+    return table.apply(lambda row: {n: cell(row, n) for n in names}, axis=1, result_type="expand")
+
+def evaluate_command(args):
+    "`rsground evaluate`: exit code 0, or 2 (bad input)."
+    from rsground_nb.data import data_parts, held_out, load_folder, split_hash
+    from rsground_nb.evaluate import evaluate_file
+    try:
+        path, images = data_parts(args.data)
+        splits, _ = load_folder(path, images=images)
+        split = args.split or held_out(splits)
+        if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
+        if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
+        allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
+        modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, **allow)
+    except (ValueError, OSError) as e:
+        print(f"rsground: {e}", file=sys.stderr)
+        return 2
+    print(f"{args.predictions} against {split} of {args.data}, hash {split_hash(splits[split])}")
+    print(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+    if args.out:
+        Path(args.out).mkdir(parents=True)
+        for name, table in (("modes", modes), ("strata", strata)): table.assign(split=split, hash=split_hash(splits[split])).to_csv(Path(args.out) / f"{name}.csv", index=False)
+    return 0
+
 def split_command(args):
     "`rsground data split`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import split_folder
@@ -306,6 +345,7 @@ def main(
     "Entry point of `rsground`."
     args = parser().parse_args(argv)
     if args.command == "run": return run_command(args)
+    if args.command == "evaluate": return evaluate_command(args)
     if args.task == "split": return split_command(args)
     from rsground_nb.doctor import doctor
     return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)

@@ -116,3 +116,18 @@ def test_exit_codes(tmp_path, capsys):
     assert main(["data", "doctor", str(tmp_path / "rsvg_hr_train.txt")]) == 1
     assert "rsvg_hr_train.txt, line 1: box has no area" in capsys.readouterr().out
     assert main(["data", "doctor", str(tmp_path / "rsvg_hr_train.txt"), "--format", "pascal"]) == 2
+
+
+def test_a_written_split_can_be_used_like_a_folder(shared, tmp_path, capsys):
+    from rsground_nb.data import describe, load_data
+    from rsground_nb.run import whole_path
+    from rsground_nb.scale import get_scale
+
+    data, out = str(shared / "aerial_mini"), tmp_path / "new.jsonl"
+    assert main(["data", "split", data, str(out), "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    splits, findings = load_data(f"{out}@{data}", get_scale("smoke"), 0)
+    assert findings == [] and sum(map(len, splits.values())) == 282 and all(h in said for h in describe(splits)[0].hash)
+    assert whole_path(f"{out}@{data}") == f"{out}@{data}" and splits["test"][0]["image"].size
+    assert main(["data", "split", data, str(out)]) == 2 and "exists already" in capsys.readouterr().err
+    assert main(["data", "split", data, str(tmp_path / "b.jsonl"), "--how", "luck"]) == 2

@@ -10,10 +10,10 @@ from datasets import Dataset
 from hypothesis import given, settings, strategies as st
 from shapely.geometry import box as shape
 
-from rsground_nb.boxes import encode_mask, iou
+from rsground_nb.boxes import encode_mask, iou, read_mask
 from rsground_nb.cot import cues, region
-from rsground_nb.data import load_dior_rsvg
-from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, constant_guess, cue_types, evaluate_file, interval, load_predictions, mask_metrics, read_mask, read_predictions,
+from rsground_nb.data import load_folder
+from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, constant_guess, cue_types, evaluate_file, interval, load_predictions, mask_metrics, read_predictions,
                                   resampled, score, score_strata, strata, tally, write_predictions)
 
 # One table per mode: predicted, true, IoU as a fraction, how it comes about. None: no box was answered. T is the truth unless another is given.
@@ -580,7 +580,7 @@ def test_masks_of_different_size_are_refused_by_id():
 # ---- a folder from disk
 
 def test_the_truth_of_a_folder_scores_1_under_every_mode_and_its_mean_box_does_not(shared, tmp_path):
-    splits, _ = load_dior_rsvg(shared / "aerial_mini")
+    splits, _ = load_folder(shared / "aerial_mini")
     rows = splits["test"]
     write_predictions([dict(expression_id=e, predicted=b) for e, b in zip(rows["expression_id"], rows["box"])], tmp_path / "truth.jsonl")
     modes, groups = evaluate_file(tmp_path / "truth.jsonl", rows, draws=50)
@@ -589,3 +589,19 @@ def test_the_truth_of_a_folder_scores_1_under_every_mode_and_its_mean_box_does_n
     write_predictions(guess, tmp_path / "guess.jsonl")
     assert evaluate_file(tmp_path / "guess.jsonl", rows, draws=50)[0].meanIoU.max() < 0.9
     assert groups[groups.stratum != "cue"].groupby("stratum").N.sum().eq(len(rows)).all()
+
+
+def test_the_command_scores_a_file_and_refuses_one_for_other_data(shared, tmp_path, capsys):
+    from rsground_nb.run import main
+
+    splits, _ = load_folder(shared / "aerial_mini")
+    path, data = tmp_path / "p.jsonl", str(shared / "aerial_mini")
+    write_predictions([dict(expression_id=r["expression_id"], predicted=r["box"]) for r in splits["test"].remove_columns("image")], path)
+    assert main(["evaluate", str(path), "--data", data, "--out", str(tmp_path / "tables")]) == 0
+    assert "f7d46fe6bd3fbe9be577cb613e7ce5da1789a46a1a72c9c8cc16b81ea57c1e26" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "tables" / "modes.csv")
+    assert (table.meanIoU > 0.999).all() and (table["Pr@0.5"] == 1).all() and table.N.eq(70).all() and table.split.eq("test").all()
+    assert main(["evaluate", str(path), "--data", data, "--split", "val"]) == 2
+    assert "44 of 44 ids of the data have no valid line" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--data", data, "--split", "best"]) == 2 and "no split 'best'" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--data", data, "--out", str(tmp_path / "tables")]) == 2

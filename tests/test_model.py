@@ -6,7 +6,7 @@ from transformers import AutoProcessor
 
 from rsground_nb.boxes import Codec
 from rsground_nb.cot import check_chain, write_chain
-from rsground_nb.data import load_dior_rsvg
+from rsground_nb.data import load_folder
 from rsground_nb.model import GroundingProcessor, codec_of, load_vlm, make_tiny, save_tiny
 
 
@@ -23,7 +23,7 @@ def test_the_processor_comes_back_through_autoprocessor(tmp_path):
 def test_image_tokens_match_the_codec_for_every_real_size(shared):
     _, processor = load_vlm("tiny")
     codec = codec_of("qwen2_5_vl", processor)
-    rows = load_dior_rsvg(shared / "aerial_mini")[0]["test"]
+    rows = load_folder(shared / "aerial_mini")[0]["test"]
     for row in rows:
         height, width = (28 * int(n) for n in processor.image_processor([row["image"]], return_tensors="pt").image_grid_thw[0, 1:])
         assert codec.frame(row["width"], row["height"]) == (width, height)
@@ -36,7 +36,7 @@ def test_an_unknown_model_class_is_refused(tmp_path):
 
 def test_rule_chains_of_real_rows_pass_the_filter_in_a_large_frame(shared):
     codec = Codec("qwen2_5_vl")
-    for rows in load_dior_rsvg(shared / "aerial_mini")[0].values():
+    for rows in load_folder(shared / "aerial_mini")[0].values():
         for r in rows.remove_columns("image"):
             text = write_chain(r["expression"], r["box"], r["width"], r["height"], codec, r["category"])
             assert check_chain(text, r["box"], r["width"], r["height"], codec) == "ok"
