@@ -101,8 +101,9 @@ def check_row(
 ) -> list:
     "What is odd about a usable row, as a list of Defect. Raises Defect for a row that cannot be used."
     for name in ("expression", "image_id", "expression_id", "category", "source", "split", "mask"):
-        if not isinstance(row.get(name) or "", str): raise Defect("wrong fields", f"{name} is not text: {quote(row[name])}")
-        if any("\ud800" <= c <= "\udfff" for c in row.get(name) or ""): raise Defect("wrong fields", f"{name} holds half a character")
+        value = row.get(name) or ""
+        if not isinstance(value, str): raise Defect("wrong fields", f"{name} is not text: {quote(value)}")
+        if not value.isascii() and re.search("[\ud800-\udfff]", value): raise Defect("wrong fields", f"{name} holds half a character")
     x1, y1, x2, y2 = row["box"]
     shown, odd = ", ".join(f"{v:g}" for v in row["box"]), []
     if not row["expression"].strip(): raise Defect("no expression", "no expression")
@@ -330,7 +331,8 @@ SPLITS = ("train", "val", "test")
 
 def annotation_files(root: Path) -> list:
     "The XML files in sorted order, which is the order that counts; without the ._ files that macOS leaves."
-    return sorted(p for p in (root / "Annotations").glob("*.xml") if not p.name.startswith("."))
+    folder = root / "Annotations"
+    return [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".xml") and not name.startswith(".")]
 
 def read_dior_rsvg(
     root: Path,           # the dataset's folder
@@ -341,7 +343,7 @@ def read_dior_rsvg(
     for path in tqdm(annotation_files(root), desc="reading annotations", unit=" files", delay=3):
         try: found, odd = read_xml(path, images)
         except WRONG as e: found, odd = [], [finding(e, path.name, rows=0)._replace(kind="unreadable")]
-        name = path.relative_to(root).as_posix()
+        name = f"Annotations/{path.name}"
         objects += [r and {**r, "file": name} for r in found]
         findings += [f._replace(file=name) for f in odd]
     indices = {s: p for s in SPLITS for p in (root / "split" / f"{s}.txt", root / f"{s}.txt") if p.exists()}
@@ -651,14 +653,14 @@ def files_of(root: Path, layout: Layout) -> list:
     "(split, path) of every annotation file of a layout, each file once, in sorted order."
     found = {}
     for split, patterns in layout.files.items():
-        for path in sorted({p for pattern in patterns for p in root.glob(pattern) if not p.name.startswith(".")}): found.setdefault(path, split)
+        for path in sorted({p for pattern in patterns for p in root.glob(pattern) if not p.name.startswith(".")}, key=lambda p: p.parts): found.setdefault(path, split)
     return [(split, path) for path, split in found.items()]
 
 # %% ../nbs/02b_files.ipynb #fbe18155
 def formats_of(root: Path) -> list:
     "The names of all layouts that find a file in a folder, those with files nearer to it first."
-    depth = {name: min((len(p.relative_to(root).parts) for _, p in files_of(root, layout)), default=0) for name, layout in LAYOUTS.items()}
-    names = sorted((n for n in depth if depth[n]), key=depth.get)
+    found = {name: [p.count("/") for patterns in layout.files.values() for p in patterns if any(root.glob(p))] for name, layout in LAYOUTS.items()}
+    names = sorted((n for n in found if found[n]), key=lambda n: min(found[n]))
     if "voc" in names: names.remove("dior_rsvg" if not described(root) else "voc")
     return names
 
@@ -696,17 +698,19 @@ def read_rows(
     "(format, rows, findings): the usable rows of a dataset, and everything that is odd about its files. Raises ValueError for a path that is in none of the layouts."
     path = Path(path)
     if not path.exists(): raise ValueError(f"{path} is not a folder or file")
-    asked, format = format, format or guess_format(path)
+    fitting = [] if format else formats_of(path) if path.is_dir() else [guess_file(path)]
+    format = format or next(iter(fitting), None)
     if format is None: raise ValueError(f"{path} is in none of the known layouts: {', '.join(LAYOUTS)}{look_deeper(path)}")
     if format not in LAYOUTS: raise ValueError(f"unknown format {format!r}: use one of {', '.join(LAYOUTS)}")
     layout, root = LAYOUTS[format], path if path.is_dir() else path.parent
-    files = files_of(path, layout) if path.is_dir() else [("", path)]
+    whole = format == "dior_rsvg" and path.is_dir()  # its numbers run over all files
+    files = [("", path)] if path.is_file() else [("", p) for p in annotation_files(path)] if whole and (path / "Annotations").is_dir() else files_of(path, layout)
     if not files: raise ValueError(f"{path} holds no file of format {format}: {', '.join(p for patterns in layout.files.values() for p in patterns)}")
     folders = [Path(images)] if images else [root / f for f in layout.images if (root / f).is_dir()] if path.is_dir() else []
     known, findings = ImageFolder(folders or None, probe), []
     if path.is_dir() and not folders: findings.append(Finding("missing image", f"no image folder ({' or '.join(layout.images)}): images were not looked for", root.name, kept=True))
-    if path.is_dir() and not asked: findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", root.name, kept=True) for n in formats_of(path)[1:]]
-    rows, found = read_dior_rsvg(path, known) if format == "dior_rsvg" and path.is_dir() else read_files(files, root, read_xml if format == "dior_rsvg" else layout.read, known)
+    findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", root.name, kept=True) for n in fitting[1:]]
+    rows, found = read_dior_rsvg(path, known) if whole else read_files(files, root, read_xml if format == "dior_rsvg" else layout.read, known)
     if format == "voc" and path.is_dir() and (splits := stems_by_split(path)):
         left = sum(Path(r["file"]).stem not in splits for r in rows)
         if left: found.append(Finding("unlisted", f"{left} of {len(rows)} rows are in no split", root.name, kept=True))
@@ -728,4 +732,4 @@ def read_files(files, root, read, images) -> tuple:
 def look_deeper(path: Path) -> str:
     "A hint for a dataset that lies one folder deeper."
     inner = [p for p in sorted(path.iterdir())[:100] if p.is_dir()] if path.is_dir() else []
-    return next((f" (but {p.name}/ in it looks like {formats_of(p)[0]})" for p in inner if formats_of(p)), "")
+    return next((f" (but {p.name}/ in it looks like {found[0]})" for p in inner if (found := formats_of(p))), "")

@@ -302,7 +302,7 @@ def readable(table):
     "The table as text; a metric and its two bounds in one cell."
     def cell(row, name):
         if row[name] != row[name]: return "-"
-        if f"{name}_low" not in row: return str(row[name])
+        if f"{name}_low" not in row: return str(row[name]) if isinstance(row[name], bool) else f"{row[name]:g}"
         return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})" if row[name + "_low"] == row[name + "_low"] else "")
     names = [n for n in table.columns if not n.endswith(("_low", "_high"))]
     return table.apply(lambda row: {n: cell(row, n) for n in names}, axis=1, result_type="expand")

@@ -278,3 +278,147 @@ def test_broken_files_give_findings_and_never_an_exception(format, tmp_path):
                     _, rows, findings = read_rows(where, format)
                     assert all(len(r["box"]) == 4 and r["box"][0] < r["box"][2] and r["expression"] and str(r["image_id"]) for r in rows)
         file.write_bytes(whole)
+
+
+def kinds(path, format=None, **options): return [f.kind for f in read_rows(path, format, **options)[2]]
+
+
+def test_a_system_turn_before_the_question_loses_no_row(tmp_path):
+    turns = [{"from": "system", "value": "You are helpful."}, {"from": "human", "value": "[refer] <p>the ship</p>"}, {"from": "gpt", "value": "{<25><50><75><100>|<30>}"}]
+    write(tmp_path / "VRSBench_train.json", [dict(id=0, image="a.png", note="x" * 9000, conversations=turns)])
+    _, rows, findings = read_rows(tmp_path / "VRSBench_train.json")
+    assert [(r["expression"], r["box"]) for r in rows] == [("the ship", [128, 256, 384, 512])] and findings == []
+
+
+def test_images_of_another_size_change_the_boxes_that_are_shares_and_refuse_those_that_are_pixels(tmp_path):
+    make_vrsbench(tmp_path / "a")
+    picture(tmp_path / "a" / "Images_val" / "Images_val.png", (256, 256))
+    picture(tmp_path / "a" / "Images_train" / "Images_train.png", (256, 256))
+    assert [(r["width"], r["box"]) for r in read_rows(tmp_path / "a")[1]] == [(256, [64, 128, 192, 256]), (256, [0, 64, 128, 192])]
+    make_rsvg_hr(tmp_path / "b")
+    picture(tmp_path / "b" / "images" / "a.jpg", (800, 800))
+    assert kinds(tmp_path / "b") == ["size mismatch"] * 2
+
+
+def test_roboflow_folders_take_their_names_from_data_yaml(tmp_path):
+    for part in ("train", "valid"):
+        picture(tmp_path / part / "images" / "a.png", (100, 200))
+        write(tmp_path / part / "labels" / "a.txt", "1 0.5 0.5 0.2 0.2\n7 0.5 0.5 0.2 0.2\n")
+    write(tmp_path / "train" / "labels" / "empty.txt", "")
+    write(tmp_path / "data.yaml", "names: [ship, car]\n")
+    format, rows, findings = read_rows(tmp_path)
+    assert format == "yolo" and [(r["split"], r["image_id"], r["expression"]) for r in rows] == [("train", "train/images/a.png", "the car"), ("val", "valid/images/a.png", "the car")]
+    assert [f.message for f in findings] == ["no class '7'"] * 2
+
+
+def test_voc_takes_its_splits_from_imagesets(tmp_path):
+    make_voc(tmp_path)
+    annotation(tmp_path, "b", [OBJECT.format("plane", 1, 2, 30, 20, "")])
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "a\n")
+    write(tmp_path / "ImageSets" / "Main" / "test.txt", "b\n")
+    assert [(r["split"], r["expression"]) for r in read_rows(tmp_path)[1]] == [("train", "the ship"), ("test", "the plane")]
+
+
+def test_coco_folders_with_an_image_folder_per_split(tmp_path):
+    for split in ("train", "val"):
+        picture(tmp_path / f"{split}2017" / f"{split}.jpg")
+        whole = coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19]), dict(id=2, image_id=1, category_id=2, bbox=[5, 6, 25, 19], iscrowd=1), dict(id=3, image_id=1, category_id=9, bbox=[5, 6, 25, 19])])
+        whole["images"][0]["file_name"] = f"{split}.jpg"
+        write(tmp_path / "annotations" / f"instances_{split}2017.json", whole)
+    write(tmp_path / "annotations" / "captions_train2017.json", coco_file([dict(id=1, image_id=1, caption="a harbour")]))
+    _, rows, findings = read_rows(tmp_path, probe=True)
+    assert [(r["split"], r["image_id"]) for r in rows] == [("train", "train.jpg"), ("val", "val.jpg")]
+    assert [f.kind for f in findings] == ["unreadable", "crowd", "no expression", "crowd", "no expression"]
+
+
+def test_what_else_a_folder_looks_like_is_said(tmp_path):
+    make_vrsbench(tmp_path)
+    make_vrsbench_objects(tmp_path)
+    assert [str(f) for f in read_rows(tmp_path)[2]] == [f"{tmp_path.name}: the folder also looks like vrsbench_objects, which was not read: use --format vrsbench_objects"]
+    with pytest.raises(ValueError, match="holds no file of format coco"): read_rows(tmp_path, "coco")
+    outer = tmp_path.parent / f"{tmp_path.name}_outer"
+    make_vrsbench(outer / "inner")
+    with pytest.raises(ValueError, match="inner/ in it looks like vrsbench"): read_rows(outer)
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 2, 1e9, 4, 5, -1e9]], dict(size=[48, 64], counts=[4 * 10 ** 10, 5]), dict(size=[48, 64], counts="o" * 20_000), dict(size={}, counts=[1]), dict(size=[1], counts=5), [["x"] * 6], 5])
+def test_a_segmentation_that_would_fill_the_memory_is_a_finding(tmp_path, segmentation):
+    write(tmp_path / "a.json", coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19], segmentation=segmentation)]))
+    assert kinds(tmp_path / "a.json")[0] in ("bad mask", "wrong fields", "not a number")
+
+
+@pytest.mark.parametrize("size", [(200_000, 200_000), (-5, 48), (0, 48), (1e300, 48), ("x", 48)])
+def test_a_declared_size_that_no_image_has_is_a_finding(tmp_path, size):
+    whole = coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19], segmentation=[[1, 2, 3, 4, 5, 60000]])])
+    whole["images"][0].update(width=size[0], height=size[1])
+    write(tmp_path / "a.json", whole)
+    assert len(read_rows(tmp_path / "a.json")[1]) == 0 and len(read_rows(tmp_path / "a.json")[2]) == 1
+
+
+def test_a_small_pickle_that_is_endless_when_printed_is_a_finding(tmp_path):
+    nested = []
+    for _ in range(60): nested = [nested] * 5
+    make_refer(tmp_path)
+    path = tmp_path / "rrsisd" / "refs(unc).p"
+    for value in (nested, [nested], [dict(ann_id=nested, sentences=[nested])], [dict(ann_id=9, split=nested, sentences=[dict(sent_id=nested, sent=nested)])]):
+        path.write_bytes(pickle.dumps(value))
+        assert path.stat().st_size < 2000 and kinds(tmp_path)
+
+
+def test_annotation_files_that_are_links_pipes_or_folders_are_findings(tmp_path):
+    import os
+
+    make_dior(tmp_path / "mini")
+    (tmp_path / "secret.txt").write_text("root:x:0\n")
+    (tmp_path / "mini" / "val.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "mini" / "Annotations" / "00001.xml").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "mini" / "Annotations" / "00002.xml").mkdir()
+    (tmp_path / "mini" / "Annotations" / "00003.xml").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "mini" / "Annotations" / "00004.xml")
+    (tmp_path / "mini" / "Annotations" / "._00007.xml").write_bytes(b"\x00\x05")
+    said = [str(f) for f in read_rows(tmp_path / "mini")[2]]
+    assert [s.split(": ")[1] for s in said[:4]] == ["link leaves its folder", "not a plain file", "not found", "not a plain file"] and not any("root:x" in s for s in said)
+
+
+def test_a_mask_cannot_be_taken_from_outside_and_is_not_decoded_before_its_size_is_known(tmp_path):
+    make_refgeo(tmp_path)
+    mask_picture(tmp_path.parent / "secret.png", (5, 6, 30, 25))
+    (tmp_path / "masks" / "avvg" / "a_3").mkdir()
+    row = json.loads((tmp_path / "metainfo" / "avvg_train.jsonl").read_text())
+    write(tmp_path / "metainfo" / "avvg_train.jsonl", json.dumps({**row, "question_id": "3/../../../../secret"}))
+    assert kinds(tmp_path) == ["unsafe"]
+    write(tmp_path / "metainfo" / "avvg_train.jsonl", json.dumps(row))
+    mask_picture(tmp_path / "masks" / "avvg" / "a_3.png", (5, 6, 30, 25), size=(3000, 3000))
+    assert kinds(tmp_path) == ["bad mask"]
+
+
+def test_a_file_name_cannot_talk_to_the_terminal(tmp_path):
+    write(tmp_path / "rsvg_hr_train.txt", "b\x1b]0;t\x07.jpg,1,2,30,40,the pool\n")
+    picture(tmp_path / "images" / "a.jpg", (1024, 1024))
+    assert all(c.isprintable() for f in read_rows(tmp_path)[2] for c in str(f)) and kinds(tmp_path) == ["missing image"]
+
+
+def test_a_missing_image_comes_with_a_hint(tmp_path):
+    write(tmp_path / "rsvg_hr_train.txt", "A,1,2,30,40,the pool\n")
+    picture(tmp_path / "images" / "a.JPG", (1024, 1024))
+    assert "(there is a.JPG)" in str(read_rows(tmp_path)[2][0])
+
+
+def test_a_namespace_and_odd_sizes_in_xml(tmp_path):
+    annotation(tmp_path, "a", [OBJECT.format("ship", 1, 2, 30, 20, "<description>The ship</description>")])
+    path = tmp_path / "Annotations" / "a.xml"
+    text = path.read_text()
+    path.write_text(text.replace("<annotation>", '<annotation xmlns="http://example.invalid/">'))
+    assert len(read_rows(path)[1]) == 1
+    for old, new, kind in (("<width>64<", "<width>64.9<", "size"), ("<width>64<", "<width>0<", "size"), ("<filename>a.jpg</filename>", "", "no file name"), ("<height>48</height>", "", "not a number")):
+        path.write_text(text.replace(old, new))
+        assert kinds(path) == [kind]
+
+
+@pytest.mark.parametrize("field, value", [("category", 5), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg"]), ("width", 5e9), ("polygon", [1])])
+def test_a_field_of_the_wrong_kind_is_a_finding_and_loading_goes_on(tmp_path, field, value):
+    picture(tmp_path / "a.jpg")
+    good = dict(image="a.jpg", expression="the ship", box=[1, 2, 30, 20], width=64, height=48, category="ship")
+    write(tmp_path / "train.jsonl", json.dumps(good) + "\n" + json.dumps({**good, field: value}))
+    splits, findings = load_folder(tmp_path)
+    assert len(splits["train"]) == 1 and findings[0].line == 2
