@@ -224,8 +224,9 @@ def load_data(
 def held_out(
     splits: dict,  # of load_data
 ) -> str:
-    "The split to judge a model on: test, else val. 'train' if there is no other, and then the judgement is worth little."
-    return next(name for name in ("test", "val", "train") if name in splits)
+    "The split to judge a model on: test, else val, else any other but train. 'train' if there is no other, and then the judgement is worth little. Raises ValueError for no splits."
+    if not splits: raise ValueError("no usable row, so no split")
+    return next(name for name in ("test", "val", *sorted(set(splits) - {"train"}), "train") if name in splits)
 
 # %% ../nbs/03_data.ipynb #2a5f3e01
 def describe(

@@ -352,6 +352,7 @@ def disagrees(found, image_id, box):
     if found.get("image_id") not in (None, image_id): return f"image_id is {found['image_id']!r:.60}, in the data {image_id!r:.60}: made for other data?"
     if found.get("box") is not None and np.abs(np.subtract(found["box"], box)).max() > 0.01: return f"box is {found['box']}, in the data {np.round(box, 2).tolist()}: made for other data?"
 
+# %% ../nbs/10_evaluate.ipynb #217d9409
 def check_predictions(
     path: str | Path,
     rows: Dataset | None = None,     # the data that were predicted (chapter 03); None: only the form of the file is checked

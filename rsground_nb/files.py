@@ -224,6 +224,7 @@ def image_size(
     if min(size) < 2: raise Defect("bad image", f"{path.name}: image too small: {size[0]}x{size[1]}")
     return size
 
+# %% ../nbs/02b_files.ipynb #729390c4
 class ImageFolder:
     "The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: images are not looked for."
     def __init__(self, folders: list | None, probe: bool = False):
@@ -416,6 +417,7 @@ def read_vrsbench(path: Path, images: ImageFolder) -> tuple:
         return share_row(images, text_field(r, "image"), braces(field(answer or {}, "value")), expression_id=f"{path.stem}:{k}", expression=phrase.group(1).strip(), category=None)
     return collect(items, path.name, row)
 
+# %% ../nbs/02b_files.ipynb #70f93cb6
 def read_vrsbench_objects(path: Path, images: ImageFolder) -> tuple:
     "One file of Annotations_*/ for each image: {image, objects: [{obj_id, referring_sentence, obj_coord (shares of the side), obj_corner, obj_cls, ...}]}."
     whole = parse_json(read_text(path))
@@ -718,6 +720,7 @@ def read_rows(
     if not rows and not found: findings.append(Finding("empty", "no row in it", root.name if path.is_dir() else path.name, kept=True))
     return format, rows, findings + found
 
+# %% ../nbs/02b_files.ipynb #e76478c2
 def read_files(files, root, read, images) -> tuple:
     "(rows, findings) of annotation files that stand for themselves, one after the other; rows that say no split get that of their file, or train."
     rows, findings = [], []

@@ -298,6 +298,7 @@ def run_command(args):
     print(f"done in {(time.time() - began) / 60:.1f} minutes. Open {shown}/report.html")
     return 0
 
+# %% ../nbs/90_run.ipynb #c11e3fc5
 def readable(table):
     "The table as text; a metric and its two bounds in one cell."
     def cell(row, name):
@@ -339,6 +340,7 @@ def split_command(args):
     print(f"use it as {args.out}@{args.path}")
     return 0
 
+# %% ../nbs/90_run.ipynb #df1b44e3
 def main(
     argv=None,  # list of words; default: the command line
 ) -> int:
