@@ -94,7 +94,8 @@ def new_run(
     if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
     if data != "scenes":
         from rsground_nb.data import load_data
-        load_data(data, get_scale(scale), seed)
+        try: load_data(data, get_scale(scale), seed)
+        except OSError as e: raise ValueError(f"{data} cannot be read: {e}") from None
         data = whole_path(data)
     if (out / "run.json").exists(): raise ValueError(f"{out} already holds a run: choose another --out, or continue it with --resume")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
@@ -233,6 +234,7 @@ def parser():
     split.add_argument("out", help="the new file, outside of it")
     split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
+    split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
     doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
     return main
 
@@ -333,11 +335,11 @@ def evaluate_command(args):
 def split_command(args):
     "`rsground data split`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import split_folder
-    try: print(split_folder(args.path, args.out, args.how, args.seed).to_string())
+    try: table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format)
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
         return 2
-    print(f"use it as {args.out}@{args.path}")
+    print(f"{table.to_string()}\nuse it as {args.out}@{images}" + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
     return 0
 
 # %% ../nbs/90_run.ipynb #df1b44e3

@@ -1,3 +1,4 @@
+import json
 import os
 
 import nbformat
@@ -5,9 +6,10 @@ import numpy as np
 import papermill
 import pytest
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 
 from conftest import ROOT
-from rsground_nb.data import FEATURES, compare_rows, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset
+from rsground_nb.data import FEATURES, compare_rows, data_parts, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset
 from rsground_nb.files import read_rows
 from rsground_nb.scale import get_scale
 
@@ -47,9 +49,9 @@ def test_the_cache_notices_a_changed_file(tmp_path):
     path = tmp_path / "data" / "train.jsonl"
     path.parent.mkdir()
     path.write_text('{"image": "a.jpg", "expression": "the ship", "box": [1, 2, 3, 4]}')
-    before = fingerprint(path.parent), fingerprint(path)
+    before = fingerprint([path.parent]), fingerprint([path])
     os.utime(path, (1, 1))
-    assert fingerprint(path.parent) != before[0] and fingerprint(path) != before[1]
+    assert fingerprint([path.parent]) != before[0] and fingerprint([path]) != before[1]
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_nothing_else(tmp_path):
@@ -108,3 +110,38 @@ def test_a_search_finds_rows_by_words_and_category(shared):
     assert found and all("left" in splits["train"][k]["expression"].lower() and splits["train"][k]["category"] == "car" for k in found)
     sizes, kinds = describe(splits)
     assert sizes.N.tolist() == [168, 44, 70] and kinds.to_numpy().sum() == 282 and np.all(np.diff(kinds.sum(axis=1)) <= 0)
+
+
+def test_the_cache_notices_an_image_that_has_come(tmp_path):
+    rows = [dict(image=f"{k}.png", expression=f"thing {k}", box=[1, 2, 3, 4]) for k in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "images").mkdir()
+    for k in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{k}.png")
+        splits, _ = load_folder(tmp_path / "rows.jsonl", images=tmp_path / "images", cache=tmp_path / "cache")
+        assert len(splits["train"]) == k + 1
+
+
+def test_the_same_cache_serves_relative_paths_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "train.jsonl").write_text(json.dumps(dict(image="0.png", expression="thing", box=[1, 2, 3, 4])))
+    for here, path in (("a", "."), ("a/b", "..")):
+        monkeypatch.chdir(tmp_path / here)
+        assert load_folder(path, cache=tmp_path / "cache")[0]["train"][0]["image"].size == (8, 8)
+
+
+def test_names_that_are_not_utf8_and_folders_that_cannot_be_listed_do_not_stop_the_cache(tmp_path):
+    (tmp_path / "data" / "closed").mkdir(parents=True)
+    (tmp_path / "data" / "closed").chmod(0)
+    open(os.fsencode(str(tmp_path / "data")) + b"/caf\xe9.txt", "w").close()
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data" / "loop")
+    assert len(fingerprint([tmp_path / "data"])) == 64
+    (tmp_path / "data" / "closed").chmod(0o700)
+
+
+def test_a_file_at_a_folder_may_have_signs_in_its_name(tmp_path):
+    (tmp_path / "me@home").mkdir()
+    (tmp_path / "m.jsonl").write_text("{}")
+    assert data_parts(f"{tmp_path}/m.jsonl@{tmp_path}/me@home") == (f"{tmp_path}/m.jsonl", f"{tmp_path}/me@home")
+    assert data_parts(tmp_path / "me@home") == (f"{tmp_path}/me@home", None)

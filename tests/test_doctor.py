@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED
-from rsground_nb.data import FEATURES
-from rsground_nb.doctor import doctor, examine, write_manifest
+from rsground_nb.data import FEATURES, write_jsonl
+from rsground_nb.doctor import doctor, examine
 from rsground_nb.files import read_rows
 from rsground_nb.run import main
 
@@ -98,11 +98,32 @@ def test_real_crops_are_healthy(shared, capsys):
 def test_the_manifest_holds_the_good_rows_and_nothing_is_overwritten(shared, tmp_path):
     report = examine(shared / "aerial_mini", decode=False)
     path = tmp_path / "good.jsonl"
-    assert write_manifest(report, path) == 282
-    _, rows, findings = read_rows(path, "jsonl", images=shared / "aerial_mini")
+    images = write_jsonl(report.rows, path, report.path)
+    _, rows, findings = read_rows(path, images=images)
+    assert len(rows) == 282 and images == shared / "aerial_mini" / "JPEGImages"
     assert findings == [] and [[r.get(k) for k in FEATURES] for r in rows] == [[r.get(k) for k in FEATURES] for r in report.rows]
-    with pytest.raises(ValueError, match="exists already"): write_manifest(report, path)
+    with pytest.raises(ValueError, match="exists already"): write_jsonl(report.rows, path, report.path)
+    with pytest.raises(ValueError, match="inside the dataset"): write_jsonl(report.rows, shared / "aerial_mini" / "new.jsonl", report.path)
+    assert main(["data", "doctor", f"{path}@{images}", "--quick"]) == 0
     assert main(["data", "doctor", str(shared / "aerial_mini"), "--quick", "--manifest", str(path)]) == 2
+
+
+def test_a_linked_image_folder_survives_a_manifest(shared, tmp_path, capsys):
+    root = tmp_path / "mini"
+    shutil.copytree(shared / "bad_inputs" / "control", root)
+    shutil.move(root / "JPEGImages", tmp_path / "elsewhere")
+    (root / "JPEGImages").symlink_to(tmp_path / "elsewhere")
+    assert main(["data", "doctor", str(root), "--manifest", str(tmp_path / "m.jsonl")]) == 1
+    assert f"use them as {tmp_path}/m.jsonl@{root}/JPEGImages" in capsys.readouterr().out
+    assert len(examine(f"{tmp_path}/m.jsonl@{root}/JPEGImages").rows) == 2
+
+
+def test_what_is_no_dataset_is_not_taken_for_a_folder_of_images(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("a,b\n")
+    shutil.copy(Path(__file__).parent.parent / "nbs" / "images" / "gallery.png", tmp_path / "a.png")
+    assert main(["data", "doctor", str(tmp_path)]) == 2
+    (tmp_path / "a.csv").unlink()
+    assert main(["data", "doctor", str(tmp_path)]) == 0
 
 
 def test_exit_codes(tmp_path, capsys):
@@ -126,8 +147,10 @@ def test_a_written_split_can_be_used_like_a_folder(shared, tmp_path, capsys):
     data, out = str(shared / "aerial_mini"), tmp_path / "new.jsonl"
     assert main(["data", "split", data, str(out), "--seed", "3"]) == 0
     said = capsys.readouterr().out
-    splits, findings = load_data(f"{out}@{data}", get_scale("smoke"), 0)
+    images = f"{data}/JPEGImages"
+    assert f"use it as {out}@{images}" in said
+    splits, findings = load_data(f"{out}@{images}", get_scale("smoke"), 0)
     assert findings == [] and sum(map(len, splits.values())) == 282 and all(h in said for h in describe(splits)[0].hash)
-    assert whole_path(f"{out}@{data}") == f"{out}@{data}" and splits["test"][0]["image"].size
+    assert whole_path(f"{out}@{images}") == f"{out}@{images}" and splits["test"][0]["image"].size
     assert main(["data", "split", data, str(out)]) == 2 and "exists already" in capsys.readouterr().err
     assert main(["data", "split", data, str(tmp_path / "b.jsonl"), "--how", "luck"]) == 2
