@@ -230,8 +230,9 @@ def draw_boxes(
 def encode_mask(
     mask: np.ndarray,  # (height, width), true where the object is
 ) -> str:
-    "The mask as JSON text `{\"size\": [height, width], \"counts\": ...}` with COCO's compressed run lengths."
-    runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    "The mask as JSON text `{\"size\": [height, width], \"counts\": ...}` with COCO's compressed run lengths. Raises ValueError unless it has two axes."
+    if np.ndim(mask) != 2: raise ValueError(f"a mask has two axes, not {np.ndim(mask)}")
+    runs = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))
     return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
 
 def run_lengths(
@@ -247,6 +248,7 @@ def run_lengths(
         if bits & 32: continue  # more of this number follows
         runs.append(value - (bits & 16 and 1 << shift) + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
+    if shift: raise ValueError("the last run length is cut off")
     return runs
 
 def read_mask(
@@ -257,7 +259,7 @@ def read_mask(
         mask = json.loads(text)
         (height, width), runs = mask["size"], run_lengths(mask["counts"])
     except (TypeError, KeyError, AttributeError, RecursionError): raise ValueError("not a mask: {\"size\": [height, width], \"counts\": text} is needed") from None
-    if not (type(height) is type(width) is int and height > 0 and width > 0): raise ValueError(f"size {mask['size']} is not [height, width]")
+    if not (type(height) is type(width) is int and height > 0 and width > 0 and height * width < 2 ** 28): raise ValueError(f"size {mask['size']} is not [height, width] of an image")
     if min(runs, default=-1) < 0 or sum(runs) != height * width: raise ValueError(f"run lengths do not fill a mask of {width}x{height}")
     return {"size": [height, width], "counts": mask["counts"].encode("ascii")}
 
@@ -271,5 +273,7 @@ def mask_box(
     text: str,  # of `encode_mask`
 ) -> tuple | None:
     "(x1, y1, x2, y2) around the mask in pixels, right and bottom edge included; None for an empty mask."
-    x, y, w, h = coco_mask.toBbox(read_mask(text)).tolist()
-    return (x, y, x + w, y + h) if w and h else None
+    runs = read_mask(text)
+    if not coco_mask.area(runs): return None
+    x, y, w, h = coco_mask.toBbox(runs).tolist()
+    return x, y, x + w, y + h

@@ -218,7 +218,7 @@ def parser():
     run.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest unfinished one in runs/")
     score = commands.add_parser("evaluate", help="score a prediction file under every public convention")
     score.add_argument("predictions", help="JSON lines with expression_id and predicted (chapter 10)")
-    score.add_argument("--data", required=True, help="the data that were predicted, as for run")
+    score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
@@ -316,19 +316,21 @@ def evaluate_command(args):
     from rsground_nb.evaluate import evaluate_file
     try:
         path, images = data_parts(args.data)
-        splits, _ = load_folder(path, images=images)
+        splits, findings = load_folder(path, images=images)
         split = args.split or held_out(splits)
         if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
         if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
+        if args.out: Path(args.out).mkdir(parents=True)
         modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, **allow)
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
         return 2
+    lost = sum(f.rows for f in findings if not f.kept)
+    if lost: print(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
     print(f"{args.predictions} against {split} of {args.data}, hash {split_hash(splits[split])}")
     print(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
     if args.out:
-        Path(args.out).mkdir(parents=True)
         for name, table in (("modes", modes), ("strata", strata)): table.assign(split=split, hash=split_hash(splits[split])).to_csv(Path(args.out) / f"{name}.csv", index=False)
     return 0
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'DETAILS', 'RIVER', 'COLOURS', 'GROUNDS', 'TONES', 'RICH', 'OTHER_COLOURS', 'OTHER_GROUNDS', 'ALL_RULES',
-           'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'ROUND', 'FINE', 'SURE', 'HEIGHT', 'LAWN', 'CROWN', 'GLASS',
-           'WATER', 'CLOUD', 'DETAIL_POINTS', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS', 'STARTS',
-           'RULES', 'NOUN', 'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style', 'Scene',
-           'get_style', 'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure', 'set_visible',
-           'blob', 'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints', 'draw_details',
-           'draw_cover', 'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name', 'by_end',
-           'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors', 'by_relation',
-           'by_ordinal', 'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant', 'in_order',
-           'check_expression', 'as_png', 'choose', 'scene_records']
+           'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'ROUND', 'FINE', 'SURE', 'ENOUGH', 'HEIGHT', 'LAWN', 'CROWN',
+           'GLASS', 'WATER', 'CLOUD', 'DETAIL_POINTS', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS',
+           'STARTS', 'RULES', 'NOUN', 'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style',
+           'Scene', 'get_style', 'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure',
+           'set_visible', 'blob', 'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints',
+           'draw_details', 'draw_cover', 'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name',
+           'by_end', 'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors',
+           'by_relation', 'by_ordinal', 'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant',
+           'in_order', 'check_expression', 'as_png', 'choose', 'scene_records']
 
 # %% ../nbs/02_scenes.ipynb #1920d200
 import io
@@ -84,6 +84,7 @@ class Thing:
     length: float = 0.0    # 0: no details are drawn
     angle: float = 0.0     # radians, clockwise on the screen
     visible: float = 1.0   # share of its pixels that nothing hides
+    pixels: float = np.inf # how many of them are seen; infinite: not counted yet
 
     @cached_property
     def box(self): return (*self.outline.min(0).tolist(), *self.outline.max(0).tolist())
@@ -127,7 +128,7 @@ class Style:
     skew: float = 1.0              # 1: sizes are uniform; above: more small ones
     objects: tuple = (2, 5)        # fewest and most
     kinds: tuple = (4, 4)          # fewest and most categories in one scene
-    crowded: float = 0.0           # share of scenes with more than half of the most objects; 0: any number is as likely
+    crowded: float = 0.0           # share of scenes that ask for at least half of the most objects; 0: any number is as likely
     gap: float = 0.02              # between two boxes
     covered: float = 0.0           # share of objects that a cloud or a tree crown is put on or beside
     details: bool = False          # windows, court lines, ...
@@ -238,15 +239,15 @@ def masks(scene: Scene) -> np.ndarray:
     return label_map(scene) == np.arange(1, len(scene.things) + 1)[:, None, None]
 
 # %% ../nbs/02_scenes.ipynb #673b91ee
-SURE = 0.6  # visible share from which an object is certainly seen
+SURE, ENOUGH = 0.6, 9  # visible share and visible pixels from which an object is certainly seen
 
-def sure(thing): return thing.visible >= SURE
+def sure(thing): return thing.visible >= SURE and thing.pixels >= ENOUGH
 
 def set_visible(scene):
-    "Set each object's `visible`: pixels seen / pixels covered by its outline; 0 for one that covers no pixel."
+    "Set each object's `pixels`, those seen, and `visible`, their share of all that its outline covers; 0 for one that covers no pixel."
     whole = np.bincount(label_map(scene, covers=False).ravel(), minlength=len(scene.things) + 1)[1:]
     seen = np.bincount(label_map(scene).ravel(), minlength=len(scene.things) + 1)[1:] if scene.covers else whole
-    for t, part, all_of_it in zip(scene.things, seen, whole): t.visible = float(part / max(all_of_it, 1))
+    for t, part, all_of_it in zip(scene.things, seen, whole): t.visible, t.pixels = float(part / max(all_of_it, 1)), int(part)
 
 # %% ../nbs/02_scenes.ipynb #bc2c84a5
 def blob(rng, centre, radius):
@@ -447,11 +448,11 @@ def by_cell(scene, thing):
 
 # %% ../nbs/02_scenes.ipynb #d1a481a4
 def beside(scene, words, anchor, name):
-    "(words, test) for 'left of the red tank' and the like."
+    "(words, test) for 'left of the red tank' and the like: by the margin, and by at least half as much as it is off to the other side."
     axis, sign = RELATIONS[words]
     def test(t):
-        lead = sign * (t.centre[axis] - anchor.centre[axis])
-        return True if lead > MARGIN * scene.side else False if lead < -MARGIN * scene.side else None
+        lead, off = sign * (t.centre[axis] - anchor.centre[axis]), abs(t.centre[1 - axis] - anchor.centre[1 - axis])
+        return True if lead > max(MARGIN * scene.side, off / 2) else False if lead < -MARGIN * scene.side else None
     return f"{words} {name}", test
 
 def anchors(scene, category, by=(by_name,)):
@@ -552,6 +553,7 @@ def check_expression(
     scene: Scene,  # with its annotation; the picture is not looked at
 ) -> list:
     "The objects that the words can mean, whether doubtful ones count or not. Raises ValueError for words that it cannot read."
+    if not isinstance(text, str) or len(text) > 500: raise ValueError("cannot read this: a sentence of at most 500 letters is expected")
     readings = [meant(text, things, scene.side) for things in (scene.things, [t for t in scene.things if sure(t)])]
     return [t for t in scene.things if any(t is m for reading in readings for m in reading)]
 
@@ -569,7 +571,6 @@ def choose(scene, rng, rules):
             found = list(RULES[rule](scene, scene.things[k]))
             if found: return found[rng.integers(len(found))], scene.things[k], rule
 
-# %% ../nbs/02_scenes.ipynb #8920f6ea
 def scene_records(
     count: int,           # rows wanted; one scene each
     seed: int,            # the same seed and split give the same rows
@@ -579,6 +580,7 @@ def scene_records(
     style: str = "simple",
 ):
     "Yield `count` records (chapter 03) of fresh scenes, one expression each. Raises ValueError if a thousand scenes in a row give no expression."
+    if count != int(count) or count < 0: raise ValueError(f"cannot make {count} rows")
     rng, rules, silent, made = np.random.default_rng([seed, *split.encode()]), get_rules(style, rules), 0, 0
     while made < count:
         scene = make_scene(rng, side, style=style)

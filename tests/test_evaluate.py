@@ -383,7 +383,7 @@ def test_harmless_forms_of_a_file_score_the_same(tmp_path, content):
     ('{"expression_id": "a", "predicted": [1, 2, 3, NaN]}', "NaN is not a number that JSON knows"), ('{"expression_id": "a", "predicted": [1, 2, 3, -Infinity]}', "-Infinity is not"),
     ('{"expression_id": "a", "predicted": [1, 2, 3, 1e400]}', "predicted is not four"), ('{"expression_id": "a", "predicted": [1, 2, 3, 1' + "0" * 400 + "]}", "predicted is not four"),
     ('{"expression_id": "a", "predicted": [1, 2, 3, 1' + "0" * 5000 + "]}", "digits"), ('{"expression_id": "a", "predicted": null, "predicted": [1, 2, 3, 4]}', "same key comes twice"),
-    ('{"expression_id": "a", "predicted": null, "mask": 3}', "mask is not text"), ('{"expression_id": "a", "predicted": null, "box": [0, 0, 10]}', "box is not four"),
+    ('{"expression_id": "a", "predicted": null, "box": [0, 0, 10]}', "box is not four"),
     ('{"expression_id": "a", "predicted": null, "box": [0, 0, 10, 11]}', "box is .* in the data .* made for other data"),
     ('{"expression_id": "a", "predicted": null, "image_id": "2.jpg"}', "image_id is '2.jpg', in the data '1.jpg'"), ('{"expression_id": "d", "predicted": null}', "'d' is not in the data"),
     ('{"expression_id": "b", "predicted": null}', "'b' again, first on line 1")])
@@ -605,3 +605,30 @@ def test_the_command_scores_a_file_and_refuses_one_for_other_data(shared, tmp_pa
     assert "44 of 44 ids of the data have no valid line" in capsys.readouterr().err
     assert main(["evaluate", str(path), "--data", data, "--split", "best"]) == 2 and "no split 'best'" in capsys.readouterr().err
     assert main(["evaluate", str(path), "--data", data, "--out", str(tmp_path / "tables")]) == 2
+
+
+@pytest.mark.parametrize("text", ['{"size":[4,6],"counts":"9220003P"}', '{"size":[70000,70000],"counts":"0"}', '{"size":[4,6],"counts":""}', '{"size":[4,6]}', '[]', '5', '{"size":[4,6],"counts":7}', '{"size":[4.0,6],"counts":"0"}'])
+def test_a_text_that_is_no_mask_never_reaches_pycocotools(text):
+    with pytest.raises(ValueError): read_mask(text)
+
+
+def test_an_empty_mask_has_no_box_however_it_is_written():
+    from rsground_nb.boxes import mask_box
+
+    for counts in ("h0", "h00", "<0<0"):
+        try: text = json.dumps(dict(size=[4, 6], counts=counts)); read_mask(text)
+        except ValueError: continue
+        assert mask_box(text) is None
+    assert mask_box(encode_mask(np.zeros((4, 6)))) is None and mask_box(encode_mask(np.full((4, 6), 256))) == (0, 0, 6, 4)
+
+
+def test_every_colour_word_of_the_scenes_is_a_cue():
+    from rsground_nb.scenes import COLOURS, OTHER_COLOURS, TONES
+
+    assert all("colour" in cue_types(f"the {word} ship") for word in (*COLOURS, *OTHER_COLOURS, *TONES))
+
+
+def test_a_key_called_missing_in_a_file_is_not_ours(tmp_path):
+    rows = Dataset.from_list([dict(expression_id="e0", image_id="a", expression="x", box=[0.0, 0, 5, 5], width=10, height=10)])
+    (tmp_path / "p.jsonl").write_text('{"expression_id": "e0", "predicted": [0, 0, 5, 5], "missing": true}')
+    assert evaluate_file(tmp_path / "p.jsonl", rows)[0].missing.tolist() == [0] * len(MODES)

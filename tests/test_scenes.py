@@ -18,7 +18,7 @@ from shapely import Polygon
 from rsground_nb import scenes as module
 from rsground_nb.boxes import decode_mask, iou, mask_box
 from rsground_nb.scenes import (COLOURS, RULES, SENTENCE, SHAPES, STYLES, SURE, TONES, Scene, Style, Thing, check_expression, clear_boxes, describe, draw_scene, expressions, label_map,
-                                make_scene, masks, place, scene_records, set_visible)
+                                make_scene, masks, place, scene_records, set_visible, sure)
 
 SOME = {style: [make_scene(np.random.default_rng([s, 7]), 128, style=style) for s in range(80)] for style in STYLES}
 EVERY = [(scene, text, thing, rule) for style in STYLES for scene in SOME[style] for text, thing, rule in expressions(scene, RULES)]
@@ -45,7 +45,7 @@ def test_no_sentence_is_written_for_two_objects_of_a_scene():
 def test_sentences_are_true_whichever_of_the_doubtful_objects_a_reader_counts():
     checked = 0
     for scene, text, thing, _ in EVERY:
-        doubtful = [t for t in scene.things if t.visible < SURE]
+        doubtful = [t for t in scene.things if not sure(t)]
         for left_out in [c for n in range(1, len(doubtful) + 1) for c in combinations(doubtful, n)][:16]:
             counted = Scene(scene.side, scene.ground, [t for t in scene.things if t not in left_out])
             assert check_expression(text, counted) == [thing], text
