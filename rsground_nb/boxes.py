@@ -263,6 +263,7 @@ def read_mask(
     if min(runs, default=-1) < 0 or sum(runs) != height * width: raise ValueError(f"run lengths do not fill a mask of {width}x{height}")
     return {"size": [height, width], "counts": mask["counts"].encode("ascii")}
 
+# %% ../nbs/01_boxes.ipynb #12981f04
 def decode_mask(
     text: str,  # of `encode_mask`
 ) -> np.ndarray:

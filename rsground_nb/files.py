@@ -592,6 +592,7 @@ def read_refer(path: Path, images: ImageFolder) -> tuple:
         return dict(found, box=list(box), expression=text_field(sentence, "sent"), expression_id=f"{ref['ann_id']}:{text_field(sentence, 'sent_id')}", source="refer", split=text_field(ref, "split"))
     return collect(sentences(), path.name, row)
 
+# %% ../nbs/02b_files.ipynb #f987eaf4
 def read_phrases(path: Path, images: ImageFolder) -> tuple:
     "RefSegRS and RISBench: lines `<id> <phrase>`, images/<id>.tif and masks/<id>.tif. Boxes come from the masks."
     if not images.folders: return [], [Finding("no box", "boxes come from masks, which were not looked for", path.name, kept=True)]
@@ -649,6 +650,7 @@ def read_names(folder: Path) -> dict:
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     return {int(k): text_of(name, "names") for k, name in pairs}
 
+# %% ../nbs/02b_files.ipynb #33a37fd6
 def read_yolo(path: Path, images: ImageFolder) -> tuple:
     "Lines `class x y width height` in shares of the image, centre first; names in classes.txt or data.yaml; the image stands under images/ as the file under labels/. An empty file is an image without objects."
     if not read_bytes(path).strip(): return [], []
