@@ -6,7 +6,7 @@
 __all__ = ['GRID', 'NOTATION', 'NUMBER', 'BOX', 'NUMERAL', 'LIST', 'BRACES', 'POINTS', 'GROUP', 'WIDE', 'LARGEST', 'TRUE_COLOUR',
            'PREDICTED_COLOUR', 'smart_resize', 'Codec', 'iou', 'enclosing', 'area', 'centre_distance', 'giou', 'diou',
            'Parsed', 'refusal', 'parse_box', 'turned_box', 'between', 'parse_completion', 'completion_box',
-           'draw_boxes', 'encode_mask', 'run_lengths', 'read_mask', 'decode_mask', 'mask_box']
+           'draw_boxes', 'encode_mask', 'mask_text', 'run_lengths', 'read_mask', 'decode_mask', 'mask_box']
 
 # %% ../nbs/01_boxes.ipynb #b3a3fb30
 import json
@@ -232,7 +232,12 @@ def encode_mask(
 ) -> str:
     "The mask as JSON text `{\"size\": [height, width], \"counts\": ...}` with COCO's compressed run lengths. Raises ValueError unless it has two axes."
     if np.ndim(mask) != 2: raise ValueError(f"a mask has two axes, not {np.ndim(mask)}")
-    runs = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8))
+    return mask_text(coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0, dtype=np.uint8)))
+
+def mask_text(
+    runs: dict,  # as pycocotools gives them: size, counts (bytes)
+) -> str:
+    "The text of `encode_mask` from run lengths, without unpacking them."
     return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
 
 def run_lengths(

@@ -30,8 +30,9 @@ def check_image(
         if decode:
             try: image.load()
             except Exception as e: raise Defect("bad image", f"image {path.name} is cut off or broken ({e})") from None
-        wrong = ENDINGS.get(path.suffix.lower(), image.format) != image.format
-        return [Defect("wrong ending", f"{path.name} is {image.format}, named {path.suffix}")] if wrong else []
+        kind = "JPEG" if image.format == "MPO" else image.format  # what many cameras call .jpg: a JPEG with a second picture behind it
+        wrong = ENDINGS.get(path.suffix.lower(), kind) != kind
+        return [Defect("wrong ending", f"{path.name} is {kind}, named {path.suffix}")] if wrong else []
 
 # %% ../nbs/03b_doctor.ipynb #5c6e6404
 class Report(NamedTuple):

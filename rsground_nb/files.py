@@ -6,13 +6,13 @@
 __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'READ_ERRORS', 'SPLITS', 'VRSBENCH_SIDE', 'LAYOUTS', 'Defect', 'printable',
            'Finding', 'quote', 'text_of', 'number', 'numbers', 'is_size', 'check_row', 'as_finding', 'collect',
            'read_bytes', 'read_text', 'text_lines', 'parse_json', 'field', 'text_field', 'list_field', 'open_xml',
-           'PlainUnpickler', 'open_pickle', 'open_image', 'image_size', 'ImageFolder', 'lines_of', 'declared_size',
-           'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr', 'percent_box', 'share_row',
-           'refer_turns', 'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo', 'known_mask', 'image_mask',
-           'jsonl_parts', 'read_jsonl', 'coco_runs', 'mask_text', 'polygon_mask', 'open_instances', 'coco_row',
-           'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases', 'find_stem', 'read_voc', 'splits_of_stems',
-           'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of', 'has_descriptions',
-           'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
+           'PlainUnpickler', 'open_pickle', 'open_image', 'image_size', 'same_letters', 'ImageFolder', 'lines_of',
+           'declared_size', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr',
+           'percent_box', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo',
+           'known_mask', 'image_mask', 'jsonl_parts', 'read_jsonl', 'coco_runs', 'polygon_mask', 'open_instances',
+           'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases', 'find_stem', 'read_voc',
+           'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of',
+           'has_descriptions', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -37,7 +37,7 @@ from defusedxml.ElementTree import fromstring
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from .boxes import encode_mask, mask_box, parse_box, run_lengths
+from .boxes import encode_mask, mask_box, mask_text, parse_box, run_lengths
 
 # %% ../nbs/02b_files.ipynb #505cf5a8
 class Defect(ValueError):
@@ -239,6 +239,10 @@ def image_size(
     if min(size) < 2: raise Defect("bad image", f"{path.name}: image too small: {size[0]}x{size[1]}")
     return size
 
+def same_letters(text: str) -> str:
+    "The text without capitals, and with every accent written the same way."
+    return unicodedata.normalize("NFC", text).lower()
+
 # %% ../nbs/02b_files.ipynb #729390c4
 class ImageFolder:
     "The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: images are not looked for."
@@ -252,12 +256,16 @@ class ImageFolder:
             self.listed[place] = {e.name: e.is_symlink() for e in os.scandir(place)} if place.is_dir() else {}
         return self.listed[place]
 
+    def stems(self, place: Path, plain: Callable = str) -> dict:
+        "Name without ending -> name, the first in sorted order, for a folder of images; `plain` says what counts as the same. Made once."
+        if (place, plain) not in self.listed: self.listed[place, plain] = {plain(n.rpartition(".")[0]): n for n in sorted(self.entries(place), reverse=True)}
+        return self.listed[place, plain]
+
     def alike(self, name: PurePosixPath) -> str:
         "A hint: an entry whose name differs in its ending, in capitals or in how accents are written only."
-        def plain(text): return unicodedata.normalize("NFC", text).lower()
         for f in self.folders:
-            stems = self.listed.setdefault((f / name.parent, "stems"), {plain(n.rpartition(".")[0]): n for n in self.entries(f / name.parent)})
-            if found := stems.get(plain(name.stem)) or stems.get(plain(name.name)): return f" (there is {found})"
+            stems = self.stems(f / name.parent, same_letters)
+            if found := stems.get(same_letters(name.stem)) or stems.get(same_letters(name.name)): return f" (there is {found})"
         return ""
 
     def find(self, name: str) -> Path | None:
@@ -372,7 +380,8 @@ def read_dior_rsvg(
         findings += odd
         used |= set(chosen)
         rows += [{**objects[n], "split": split} for n in chosen if objects[n]]
-    if indices and len(used) < len(objects): findings.append(Finding("unlisted", f"{len(objects) - len(used)} of {len(objects)} objects are in no split", root.name, kept=True))
+    left = [n for n in range(len(objects)) if n not in used]
+    if left: findings.append(Finding("unlisted", f"{len(left)} of {len(objects)} objects are in no split", root.name, rows=sum(objects[n] is not None for n in left)))
     return rows, findings
 
 # %% ../nbs/02b_files.ipynb #87a3dfbf
@@ -513,10 +522,6 @@ def coco_runs(found, width: int, height: int) -> str | None:
     if sum(counts) != height * width: raise Defect("bad mask", f"RLE covers {quote(sum(counts))} of {height * width} pixels")
     return mask_text(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
 
-def mask_text(runs: dict) -> str:
-    "Run lengths of pycocotools as mask text, without unpacking them."
-    return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
-
 def polygon_mask(polygons: list, width: int, height: int) -> str:
     "The pixels inside any of the polygons [x1, y1, x2, y2, ...]. Raises Defect."
     if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons): raise Defect("bad mask", "a polygon needs three points or more")
@@ -612,8 +617,8 @@ def find_stem(images: ImageFolder, stem: str) -> Path | None:
     "The image whose name without its ending is `stem`. Raises Defect."
     name = PurePosixPath(stem)
     if images.folders and ".." not in name.parts and not name.is_absolute():
-        ends = [n for f in images.folders for n in sorted(images.entries(f / name.parent)) if n.rpartition(".")[0] == name.name]
-        stem = str(name.parent / ends[0]) if ends else stem
+        found = next((f for f in images.folders if name.name in images.stems(f / name.parent)), None)
+        if found: stem = str(name.parent / images.stems(found / name.parent)[name.name])
     return images.find(stem)
 
 # %% ../nbs/02b_files.ipynb #825deec1

@@ -474,7 +474,7 @@ def test_one_object_without_description_does_not_make_a_folder_voc(tmp_path):
     assert guess_format(tmp_path) == "dior_rsvg"
 
 
-def test_hostile_files_take_linear_time(tmp_path):
+def test_files_made_to_take_forever_are_read_to_the_end(tmp_path):
     write(tmp_path / "a.json", [dict(image="a.png", conversations=[dict(value="[refer] " + "<p>" * 200_000), dict(value="")])])
     assert kinds(tmp_path / "a.json") == ["no expression"]
     shared_list = [dict(sent_id=k, sent="x") for k in range(1000)]
@@ -501,3 +501,13 @@ def test_an_image_is_only_opened_by_pillow_itself(tmp_path):
     os.mkfifo(tmp_path / "images" / "b.jpg")
     write(tmp_path / "rsvg_hr_train.txt", "a.jpg,1,2,30,40,the pool\nb.jpg,1,2,30,40,the pool\n")
     assert [f.message for f in read_rows(tmp_path)[2]] == ["a.jpg cannot be read as an image", "b.jpg is not a plain file"]
+
+
+def test_the_first_ending_in_sorted_order_wins_and_objects_in_no_split_are_counted(tmp_path):
+    for name in ("12.tif", "12.png"): picture(tmp_path / "images" / name)
+    mask_picture(tmp_path / "masks" / "12.tif", (5, 6, 30, 25))
+    write(tmp_path / "output_phrase_train.txt", "12 the road\n")
+    assert [r["image_id"] for r in read_rows(tmp_path)[1]] == ["12.png"]
+    make_dior(tmp_path / "dior")
+    write(tmp_path / "dior" / "test.txt", "")
+    assert [(f.kind, f.rows, f.kept) for f in read_rows(tmp_path / "dior")[2]] == [("unlisted", 1, False)]
