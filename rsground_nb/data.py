@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'READER_VERSION', 'SCHEMA', 'to_dataset', 'split_hash', 'compare_rows', 'fingerprint', 'cache_folder',
-           'write_cache', 'read_cache', 'rows_by_split', 'with_images', 'load_folder', 'resplit', 'data_parts',
-           'write_jsonl', 'check_target', 'split_folder', 'load_data', 'held_out', 'describe', 'draw_row', 'caption',
+           'write_cache', 'read_cache', 'rows_by_split', 'with_images', 'load_folder', 'resplit', 'describe',
+           'data_parts', 'write_jsonl', 'check_target', 'split_folder', 'load_data', 'held_out', 'draw_row', 'caption',
            'contact_sheet', 'find_rows', 'browse']
 
 # %% ../nbs/03_data.ipynb #adb6dfbd
@@ -176,6 +176,15 @@ def resplit(
     at = table.schema.get_field_index("split")
     return {name: Dataset(t.set_column(at, "split", pa.array([name] * len(t))), info=DatasetInfo(features=FEATURES)) for name, t in chosen.items() if len(t)}
 
+# %% ../nbs/03_data.ipynb #2a5f3e01
+def describe(
+    splits: dict,  # of load_data
+) -> tuple:
+    "Two tables: rows, images and hash of every split; and rows by category."
+    sizes = pd.DataFrame([dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows)) for name, rows in splits.items()], columns=["split", "N", "images", "hash"]).set_index("split")
+    kinds = pd.DataFrame({name: Counter(c or "(none)" for c in rows["category"]) for name, rows in splits.items()}).fillna(0).astype(int)
+    return sizes, kinds.loc[kinds.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+
 # %% ../nbs/03_data.ipynb #65fd1d2a
 def data_parts(
     data: str | Path,  # PATH, or FILE@FOLDER: rows from the file, images below the folder
@@ -245,15 +254,6 @@ def held_out(
     "The split to judge a model on: test, else val, else any other but train. 'train' if there is no other, and then the judgement is worth little. Raises ValueError for no splits."
     if not splits: raise ValueError("no usable row, so no split")
     return next(name for name in ("test", "val", *sorted(set(splits) - {"train"}), "train") if name in splits)
-
-# %% ../nbs/03_data.ipynb #2a5f3e01
-def describe(
-    splits: dict,  # of load_data
-) -> tuple:
-    "Two tables: rows, images and hash of every split; and rows by category."
-    sizes = pd.DataFrame([dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows)) for name, rows in splits.items()], columns=["split", "N", "images", "hash"]).set_index("split")
-    kinds = pd.DataFrame({name: Counter(c or "(none)" for c in rows["category"]) for name, rows in splits.items()}).fillna(0).astype(int)
-    return sizes, kinds.loc[kinds.sum(axis=1).sort_values(ascending=False, kind="stable").index]
 
 # %% ../nbs/03_data.ipynb #365398d8
 def draw_row(row: dict, side: int) -> PILImage.Image:
