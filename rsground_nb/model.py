@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF', 'make_tokenizer', 'GroundingProcessor',
-           'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor', 'load_vlm', 'codec_of',
-           'generate_answers', 'lora_config', 'fingerprint', 'box_text', 'names_of', 'naming_questions', 'echo',
-           'make_batch', 'scene_bank', 'most_objects', 'pretrain', 'save_log', 'save_tiny']
+           'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor', 'folder_and_kind', 'load_vlm',
+           'codec_of', 'student_codec', 'generate_answers', 'lora_config', 'fingerprint', 'box_text', 'names_of',
+           'naming_questions', 'echo', 'make_batch', 'scene_bank', 'most_objects', 'pretrain', 'save_log', 'save_tiny']
 
 # %% ../nbs/04_model.ipynb #8b32e77e
 import hashlib
@@ -118,15 +118,20 @@ def load_processor(
     return GroundingProcessor(eyes, tokenizer, chat_template=qwen2_5_vl_training_chat_template)
 
 # %% ../nbs/04_model.ipynb #4267d20d
+def folder_and_kind(name):
+    "(folder or hub name, model type). Raises ValueError for a model class whose coordinates this book has no codec for."
+    folder = str(ASSETS / "tiny") if name == "tiny" else name
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in CODEC_OF: raise ValueError(f"{name} is a {kind} model: this book knows {', '.join(CODEC_OF)}")
+    return folder, kind
+
 def load_vlm(
     name: str = "tiny",           # "tiny", a local folder, or a hub name
     max_pixels: int = 112 * 112,  # larger images are shrunk to this area
     **kwargs,                     # to from_pretrained: dtype, attn_implementation, ...
 ):
     "(model, processor). Raises ValueError for a model class whose coordinates this book has no codec for."
-    folder = str(ASSETS / "tiny") if name == "tiny" else name
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind not in CODEC_OF: raise ValueError(f"{name} is a {kind} model: this book knows {', '.join(CODEC_OF)}")
+    folder, _ = folder_and_kind(name)
     kwargs.setdefault("dtype", torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
     return model, load_processor(folder, max_pixels)
@@ -141,6 +146,14 @@ def codec_of(
     "The coordinate convention of a kind of model, with the size limits of its processor."
     eyes = processor.image_processor
     return Codec(CODEC_OF[kind], eyes.patch_size * eyes.merge_size, eyes.size["shortest_edge"], eyes.size["longest_edge"])
+
+def student_codec(
+    name: str = "tiny",           # as for load_vlm
+    max_pixels: int = 112 * 112,
+) -> Codec:
+    "The codec of a model that need not be loaded for it: configuration and processor are enough."
+    folder, kind = folder_and_kind(name)
+    return codec_of(kind, load_processor(folder, max_pixels))
 
 # %% ../nbs/04_model.ipynb #b2e93681
 @torch.no_grad()
