@@ -4,13 +4,13 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from rsground_nb.cot import synthesise
 from rsground_nb.data import load_data
 from rsground_nb.evaluate import predict, score
 from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer
 from rsground_nb.model import codec_of, fingerprint, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
+from rsground_nb.synthesis import synthesise
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
 

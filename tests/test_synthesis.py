@@ -1,0 +1,164 @@
+"""From drafts to a dataset with provenance, a file and a page; and the command that makes them."""
+import json
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from rsground_nb.boxes import Codec, iou
+from rsground_nb.cot import RULE_VERSION, Draft, rule_drafts
+from rsground_nb.data import load_data, load_folder, to_dataset
+from rsground_nb.filters import CODES
+from rsground_nb.model import student_codec
+from rsground_nb.run import main
+from rsground_nb.scale import get_scale
+from rsground_nb.scenes import scene_records
+from rsground_nb.synthesis import VERDICTS, chain_stage, count_verdicts, judge, load_chains, make_chains, read_table, synthesise, training_rows, write_audit, write_table
+
+CODEC = Codec("qwen2_5_vl", max_pixels=112 * 112)
+
+
+@pytest.fixture(scope="module")
+def rows(): return to_dataset(list(scene_records(12, 0)))
+
+
+@pytest.fixture(scope="module")
+def mixed(rows):
+    """One draft of each of several kinds: as written, without an answer, no reply, another box, betrayed."""
+    drafts = rule_drafts(rows, CODEC, 0)
+    drafts[1] = replace(drafts[1], completion=drafts[1].completion.split("<answer>")[0])
+    drafts[2] = Draft(trouble="HTTP 500 after 6 tries")
+    drafts[3] = replace(drafts[3], completion=drafts[3].completion.replace("<think>", "<think>As the given box shows. "))
+    return drafts
+
+
+def test_every_draft_is_counted_once_and_the_faulty_are_dropped(rows, mixed):
+    table = judge(rows, mixed, CODEC, teacher="test", prompt_version="1", seed=0)
+    counts = count_verdicts(table)
+    assert table.verdict.tolist() == ["ok", "no_box", "no_reply", "leak", *["ok"] * 8]
+    assert list(counts.index) == ["ok", *CODES, "no_reply"] and counts.rows.sum() == 12 and counts.share.sum() == pytest.approx(1)
+    kept = training_rows(rows, table)
+    assert kept["expression_id"][:] == [i for i, v in zip(rows["expression_id"], table.verdict) if v == "ok"]
+    assert set(kept["teacher"]) == {"test"} and set(kept["prompt_version"]) == {"1"} and set(kept["seed"]) == {0}
+    for k, row in enumerate(kept):
+        line = table.set_index("expression_id").loc[row["expression_id"]]
+        assert row["completion"][0]["content"][0]["text"] == line.completion and row["expression"] in row["prompt"][0]["content"][1]["text"]
+        assert row["image"].tobytes() == rows[table.index[table.expression_id == row["expression_id"]][0]]["image"].tobytes()
+
+
+def test_rows_and_drafts_must_come_in_pairs(rows, mixed):
+    with pytest.raises(ValueError, match="11 drafts for 12 rows"): judge(rows, mixed[:-1], CODEC)
+    table = judge(rows, mixed, CODEC)
+    with pytest.raises(ValueError, match="not the same expressions in the same order"): training_rows(rows.select(range(11, -1, -1)), table)
+
+
+def test_nothing_kept_is_an_empty_dataset_not_an_error(rows):
+    kept, table = synthesise(rows, CODEC, [Draft(trouble="no server")] * 12, teacher="none", prompt_version="0")
+    assert len(kept) == 0 and {"prompt", "completion", "image", "teacher"} <= set(kept.column_names) and set(table.verdict) == {"no_reply"}
+
+
+def test_the_table_comes_back_from_its_file(rows, mixed, tmp_path):
+    table = judge(rows, mixed, CODEC, teacher="tëst\u2028", prompt_version="1", seed=0)
+    write_table(table, tmp_path / "chains.jsonl")
+    assert read_table(tmp_path / "chains.jsonl").to_dict("records") == table.to_dict("records")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "line 1: not JSON"), ('{"expression_id": "a", "completion": "", "verdict": "ok"}\n[1]', "line 2: expression_id, completion, verdict missing"),
+    ('{"expression_id": 3, "completion": "", "verdict": "ok"}', "line 1: expression_id missing or not text"),
+    ('{"expression_id": "a", "completion": "", "verdict": "ok"}\n' * 2, "'a' stands there more than once")])
+def test_a_broken_file_is_refused_with_its_line(tmp_path, text, message):
+    (tmp_path / "chains.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message): read_table(tmp_path / "chains.jsonl")
+
+
+def test_chains_are_loaded_for_the_same_rows_and_student_only(rows, tmp_path):
+    table = make_chains(rows, CODEC, tmp_path / "c", seed=3)
+    assert (table.verdict == "ok").all()
+    some = rows.select([7, 0])
+    assert load_chains(tmp_path / "c", some, CODEC)["expression_id"][:] == some["expression_id"][:]
+    with pytest.raises(ValueError, match="but this student needs"): load_chains(tmp_path / "c", rows, Codec("qwen3_vl"))
+    with pytest.raises(ValueError, match="no line for 3 of 3 rows"): load_chains(tmp_path / "c", to_dataset(list(scene_records(3, 0, split="val"))), CODEC)
+    moved = to_dataset([{**r, "box": [b + 1 for b in r["box"]]} for r in scene_records(3, 0)])
+    with pytest.raises(ValueError, match="is not the one in the data"): load_chains(tmp_path / "c", moved, CODEC)
+
+
+def test_the_same_work_twice_is_the_same_and_other_work_is_refused(rows, tmp_path):
+    first = make_chains(rows, CODEC, tmp_path / "c", seed=3)
+    assert make_chains(rows, CODEC, tmp_path / "c", seed=3).to_dict("records") == first.to_dict("records")
+    kept = (tmp_path / "c" / "chains.jsonl").read_bytes()
+    for other in (dict(seed=4), dict(lowest_iou=0.7)):
+        with pytest.raises(ValueError, match="holds another run"): make_chains(rows, CODEC, tmp_path / "c", **{"seed": 3, **other})
+    (tmp_path / "c" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="'mine.txt', which is not a file of chains"): make_chains(rows, CODEC, tmp_path / "c", seed=3)
+    assert (tmp_path / "c" / "chains.jsonl").read_bytes() == kept
+
+
+def test_an_interrupted_work_is_done_again(rows, tmp_path):
+    first = make_chains(rows, CODEC, tmp_path / "c")
+    (tmp_path / "c" / "made_by.json").unlink()
+    (tmp_path / "c" / "chains.jsonl").write_text("{half")
+    assert make_chains(rows, CODEC, tmp_path / "c").to_dict("records") == first.to_dict("records") == read_table(tmp_path / "c" / "chains.jsonl").to_dict("records")
+
+
+def test_the_audit_page_stands_alone_shows_every_verdict_and_escapes_what_it_quotes(rows, mixed, tmp_path):
+    nasty = [replace(mixed[0], completion="<script>alert(1)</script>"), *mixed[1:]]
+    table = judge(rows, nasty, CODEC)
+    write_audit(rows, table, CODEC, tmp_path / "a.html", count=3, seed=0, teacher="<b>me</b>")
+    page = (tmp_path / "a.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>me</b>" not in page
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
+    assert page.count('<div class="card">') == page.count('src="data:image/png;base64,') == 3 + 4  # three kept, one of each of the others
+    for verdict in set(table.verdict): assert f'<h2 id="{verdict}">{verdict}: ' in page
+    assert "HTTP 500 after 6 tries" in page
+
+
+def test_two_thousand_scenes_are_all_kept():
+    rows = to_dataset([{**r, "image": None} for style, share in (("simple", 1000), ("aerial", 700), ("other", 300)) for r in scene_records(share, 5, style=style, split=style)])
+    for codec in (CODEC, Codec("qwen3_vl")):
+        drafts = rule_drafts(rows, codec, 0)
+        silent = [d.trouble for d in drafts if d.trouble]
+        table = judge(rows, drafts, codec)
+        assert set(table.verdict[table.trouble == ""]) == {"ok"}, table[table.verdict != "ok"][["expression", "completion", "faults"]].head(3).to_dict("records")
+        assert not silent, silent[:3]
+
+
+def test_aerial_mini_is_all_kept(shared):
+    for name, rows in load_folder(shared / "aerial_mini")[0].items():
+        table = synthesise(rows, Codec("qwen2_5_vl"))[1]
+        assert set(table.verdict) == {"ok"}, name
+        assert table.completion.str.contains("<think>").all()
+
+
+def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
+    table = read_table(smoke_run / "chains" / "chains.jsonl")
+    splits, _ = load_data("scenes", get_scale("smoke"), 0)
+    assert list(table.expression_id) == splits["train"]["expression_id"][:]
+    assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
+    assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
+    assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
+
+
+def test_the_command_writes_and_repeats_and_refuses(tmp_path, capsys):
+    words = ["cot", "--out", str(tmp_path / "c"), "--limit", "20", "--samples", "2"]
+    assert main(words) == 0 == main(words)
+    said = capsys.readouterr().out
+    assert re.search(r"ok +20 ", said) and "audit.html" in said
+    made = json.loads((tmp_path / "c" / "made_by.json").read_text())
+    assert made["teacher"] == "rule" and made["prompt_version"] == RULE_VERSION and made["rows"] == 20
+    page = (tmp_path / "c" / "audit.html").read_text()
+    assert "commit" in page and "seed" in page and page.count('<div class="card">') == 2
+    for more, message in ((["--seed", "1"], "holds another run"), (["--split", "dev"], "has no split 'dev'"), (["--teacher", "chat"], "needs --url and --model"),
+                          (["--limit", "0"], "at least 1"), (["--student", "no/such/model"], "cannot be read here"), (["--scale", "big"], "unknown scale"), (["--data", "no/such"], "is not a folder"), (["--lowest-iou", "2"], "lowest_iou")):
+        assert main([*words, *more]) == 2, more
+        assert message in capsys.readouterr().err, more
+    assert main(["cot", "--out", str(tmp_path / "q"), "--limit", "5", "--student", "qwen3_vl"]) == 0
+    assert json.loads((tmp_path / "q" / "made_by.json").read_text())["codec"]["name"] == "qwen3_vl"
+
+
+def test_the_threshold_decides(rows):
+    drafts = rule_drafts(rows, CODEC, 0)
+    moved = [replace(d, completion=re.sub(r"<answer>\[(\d+), (\d+), (\d+), (\d+)\]", lambda m: "<answer>[{}, {}, {}, {}]".format(int(m[1]) + 3, int(m[2]) + 3, m[3], m[4]), d.completion)) for d in drafts]
+    strict, loose = (judge(rows, moved, CODEC, t).verdict.eq("wrong_box").sum() for t in (0.95, 0.05))
+    assert strict > loose == 0
