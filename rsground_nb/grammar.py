@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUNS', 'PLURALS', 'LEXICON', 'KIND', 'FOLLOWING',
-           'DETERMINERS', 'PREPOSITIONS', 'ADVERBS', 'SUPERLATIVES', 'PARTS', 'IMAGES', 'TOKEN', 'PAIRS', 'CUE_KINDS',
-           'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'CELLS', 'split_words', 'skip', 'side', 'direction', 'Phrase',
-           'Relation', 'blank', 'finish', 'modifier', 'noun_phrase', 'anchors', 'relate', 'kind_of', 'place',
+           'DETERMINERS', 'PREPOSITIONS', 'ADVERBS', 'SUPERLATIVES', 'PARTS', 'IMAGES', 'TOKEN', 'PAIRS', 'CELLS',
+           'CUE_KINDS', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side', 'direction',
+           'Phrase', 'Relation', 'blank', 'finish', 'modifier', 'noun_phrase', 'anchors', 'relate', 'kind_of', 'place',
            'put_order', 'group', 'relation', 'again', 'late', 'tail', 'read', 'parse_expression', 'cues', 'region',
            'in_region', 'unknown_position', 'follows', 'absolute', 'positions']
 
@@ -26,7 +26,7 @@ NUMBERS = {word: k for k, word in enumerate("one two three four five six seven e
 ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)} | {"1st": 1, "2nd": 2, "3rd": 3, "4th": 4, "last": -1}
 RELATIONS = {"above": "above", "over": "above", "below": "below", "under": "below", "underneath": "below", "beneath": "below", "near": "near", "nearby": "near", "beside": "near", "next to": "near",
              "close to": "near", "closer to": "near", "adjacent to": "near", "nearest to": "near", "closest to": "near", "alongside": "near", "between": "between",
-             **dict.fromkeys(("surrounded by", "in front of", "opposite", "behind", "along", "around", "inside", "within", "across", "connected to", "attached to", "parallel to", "facing", "in", "on", "at", "with",
+             **dict.fromkeys(("surrounded by", "in front of", "opposite", "behind", "along", "around", "inside", "within", "across", "far from", "away from", "furthest from", "farthest from", "connected to", "attached to", "parallel to", "facing", "in", "on", "at", "with",
                               "by", "of"), "")}  # words -> kind; "" where no direction follows from the words
 
 # %% ../nbs/03c_grammar.ipynb #956c69a5
@@ -68,6 +68,8 @@ def split_words(text):
 # %% ../nbs/03c_grammar.ipynb #d9324287
 PAIRS = {pair: f"{'upper' if v == 'top' else 'lower'} {h}" for v in ("top", "bottom") for h in ("left", "right") for pair in ((v, h), (h, v))}
 PAIRS |= {pair: f"centre of the {s}" for s in ("left", "right", "top", "bottom") for pair in (("middle", s), (s, "middle"))}
+
+CELLS = {"top left": "upper left", "top right": "upper right", "bottom left": "lower left", "bottom right": "lower right", "centre": "middle"}  # names of chapter 02 that differ from ours
 
 def skip(words, i, some, most=4):
     "The place after up to `most` of some words."
@@ -133,7 +135,10 @@ def modifier(words, i, said):
     elif kind == "number": said.number = NUMBERS[word]
     elif kind == "ordinal": said.order.append((ORDINALS[word], ""))
     elif kind == "end": said.order.append((1, ENDS[word]))
-    elif kind == "superlative" and words[n] != "to": said.best = word
+    elif kind == "superlative" and words[n] in SIDES:
+        where, n = direction(words, n)
+        kind = "end"; said.order.append((1, where))  # 'the furthest left car'
+    elif kind == "superlative" and words[n] not in ("to", "from"): said.best = word
     elif kind == "side":
         where, n = direction(words, i)
         if not where or KIND.get(words[n], "noun") not in ("noun", "colour", "size", "adjective", "number"): return i
@@ -149,6 +154,7 @@ def noun_phrase(words, i, said):
         kind = KIND.get(words[i])
         if kind == "noun" or (kind is None and not known): run.append(words[i]); known |= kind == "noun"; n = i + 1
         elif words[i] == "of" and not run and (said.order or KIND.get(words[i - 1]) == "number"): picked, n = True, i + 1  # 'the second of the three ships'
+        elif words[i] == "and" and not run and said.attributes and KIND.get(words[i + 1]) == "colour": n = i + 1  # 'the gray and white harbor'
         else: n = i if known and kind != "adjective" else modifier(words, i, said)
         if n == i: break
         i = n
@@ -190,7 +196,7 @@ def place(words, i, said):
     start = skip(words, i, ADVERBS)
     j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
     where, n = direction(words, j)
-    if not where or (where == "right" and j == start and KIND.get(words[n]) in ("relation", "preposition") and words[n] != "of"): return i  # 'right next to'
+    if not where or (words[start] in SUPERLATIVES and words[start + 1] == "from") or (where == "right" and j == start and KIND.get(words[n]) in ("relation", "preposition") and words[n] != "of"): return i  # 'right next to'
     n = skip(words, n, PARTS)
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
     if of and words[of] in IMAGES: n, of = of + 1, 0
@@ -242,8 +248,10 @@ def again(words, i, said):
     return n if n > i + 1 and one.target == said.target and words[n] in ("is", "are") else i
 
 def late(words, i, said):
-    "Read an attribute that comes late ('at the bottom-most position'); the next place, `i` if there is none."
-    return modifier(words, i, said) if KIND.get(words[i]) in ("end", "adjective", "colour", "size") else i
+    "Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next place, `i` if there is none."
+    j = skip(words, skip(words, i, PREPOSITIONS), DETERMINERS)
+    kind = KIND.get(words[j])
+    return modifier(words, j, said) if kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from") else i
 
 FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
@@ -251,7 +259,7 @@ def tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
         n = i
-        for reading in (place, group, relation, again, late):
+        for reading in (place, group, late, relation, again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
         if n == i and KIND.get(words[i]) not in ("link", "determiner", "part"): said.unknown.append(words[i])
         i = max(n, i + 1)
@@ -294,8 +302,6 @@ def region(
     "Name of the ninth of the image that holds the centre of the box."
     where = ((box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height)
     return cell_name(*(min(2, max(0, int(3 * v))) - 1 for v in where))
-
-CELLS = {"top left": "upper left", "top right": "upper right", "bottom left": "lower left", "bottom right": "lower right", "centre": "middle"}  # names of ninths that are no keys of REGIONS
 
 def in_region(
     position: str,       # a key of REGIONS, or the name of a ninth
