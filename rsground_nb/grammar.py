@@ -6,9 +6,10 @@
 __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUNS', 'PLURALS', 'LEXICON', 'KIND', 'FOLLOWING',
            'DETERMINERS', 'PREPOSITIONS', 'ADVERBS', 'SUPERLATIVES', 'PARTS', 'IMAGES', 'TOKEN', 'PAIRS', 'CELLS',
            'CUE_KINDS', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side', 'direction',
-           'Phrase', 'Relation', 'blank', 'finish', 'modifier', 'noun_phrase', 'anchors', 'relate', 'kind_of', 'place',
-           'put_order', 'group', 'relation', 'again', 'late', 'tail', 'read', 'parse_expression', 'cues', 'region',
-           'in_region', 'unknown_position', 'follows', 'absolute', 'positions']
+           'Phrase', 'Relation', 'blank', 'finish', 'read_modifier', 'read_noun', 'read_anchors', 'add_relation',
+           'kind_of', 'read_place', 'add_order', 'read_group', 'read_relation', 'read_again', 'read_late', 'read_tail',
+           'read_text', 'parse_expression', 'cues', 'region', 'in_region', 'unknown_position', 'follows', 'absolute',
+           'positions']
 
 # %% ../nbs/03c_grammar.ipynb #a4a2d9fc
 import re
@@ -126,7 +127,7 @@ def finish(text, said): return Phrase(text, said.target, said.number, tuple(said
 # %% ../nbs/03c_grammar.ipynb #54c5bce2
 CUE_KINDS = {"colour": "colour", "size": "size", "ordinal": "order", "end": "order", "side": "position"}
 
-def modifier(words, i, said):
+def read_modifier(words, i, said):
     "Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if there is none."
     word, kind, n = words[i], KIND.get(words[i]), i + 1
     if kind == "ordinal" and KIND.get(words[n]) == "size": word, kind, n = f"{word} {words[n]}", "size", n + 1
@@ -147,7 +148,7 @@ def modifier(words, i, said):
     if kind in CUE_KINDS: said.marks.append([i, CUE_KINDS[kind], " ".join(words[i:n])])
     return n
 
-def noun_phrase(words, i, said):
+def read_noun(words, i, said):
     "Read modifiers and a noun into `said`; the next place."
     run, known, picked = [], False, False
     while words[i]:
@@ -155,7 +156,7 @@ def noun_phrase(words, i, said):
         if kind == "noun" or (kind is None and not known): run.append(words[i]); known |= kind == "noun"; n = i + 1
         elif words[i] == "of" and not run and (said.order or KIND.get(words[i - 1]) == "number"): picked, n = True, i + 1  # 'the second of the three ships'
         elif words[i] == "and" and not run and said.attributes and KIND.get(words[i + 1]) == "colour": n = i + 1  # 'the gray and white harbor'
-        else: n = i if known and kind != "adjective" else modifier(words, i, said)
+        else: n = i if known and kind != "adjective" else read_modifier(words, i, said)
         if n == i: break
         i = n
     nouns = [w for w in run if KIND.get(w)] or run
@@ -165,24 +166,24 @@ def noun_phrase(words, i, said):
     return i
 
 # %% ../nbs/03c_grammar.ipynb #02223081
-def anchors(words, i, said):
+def read_anchors(words, i, said):
     "([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'."
     found, j = [], i
     while True:
         count, one = len(said.marks), blank(said.marks, said.depth + 1)
-        n = noun_phrase(words, j, one)
+        n = read_noun(words, j, one)
         if not one.target or (found and words[n] in ("is", "are")):
             del said.marks[count:]
             return found, i
-        if one.depth < 4 and words[n] not in ("and", ","): n = tail(words, n, one)
+        if one.depth < 4 and words[n] not in ("and", ","): n = read_tail(words, n, one)
         found.append(finish(" ".join(words[j:n]), one)); i, j = n, n + 1
         if words[i] not in ("and", ",") or direction(words, skip(words, j, DETERMINERS))[0]: return found, i
 
-def relate(words, start, i, kind, said):
+def add_relation(words, start, i, kind, said):
     "Add the relation that words[start:i] name to the anchors from `i` on; without anchors its words are unknown. The next place."
     text = f"{said.best} {words[start]}" if said.best else " ".join(words[start:i])
     if text not in ("of", "with", "by"): said.marks.append([start, "relation", text])
-    found, n = anchors(words, i, said)
+    found, n = read_anchors(words, i, said)
     if found: said.relations.append(Relation(text, kind, tuple(found)))
     else: said.unknown += words[start:i]
     said.unknown += [word for anchor in found for word in anchor.unknown]
@@ -191,7 +192,7 @@ def relate(words, start, i, kind, said):
 # %% ../nbs/03c_grammar.ipynb #b4737cc1
 def kind_of(where): return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
 
-def place(words, i, said):
+def read_place(words, i, said):
     "Read 'on the far left', 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
     start = skip(words, i, ADVERBS)
     j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
@@ -201,28 +202,28 @@ def place(words, i, said):
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
     if of and words[of] in IMAGES: n, of = of + 1, 0
     near = words[start] in SUPERLATIVES or said.best
-    if words[start] == "from" or (near and not of): return put_order(words, start, n, where.replace("far ", ""), said)
-    if of: return relate(words, i, n + 1, "near" if near or words[start] == "near" else kind_of(where), said)
-    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return relate(words, i, n, kind_of(where), said)
+    if words[start] == "from" or (near and not of): return add_order(words, start, n, where.replace("far ", ""), said)
+    if of: return add_relation(words, i, n + 1, "near" if near or words[start] == "near" else kind_of(where), said)
+    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return add_relation(words, i, n, kind_of(where), said)
     said.marks.append([i, "position", " ".join(words[i:n])])
     if said.position: said.unknown += words[i:n]
     else: said.position = where
     return n
 
-def put_order(words, start, n, where, said):
+def add_order(words, start, n, where, said):
     "'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a group may follow. The next place."
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
     if begun:
         said.order[-1] = (said.order[-1][0], where)
         next(m for m in reversed(said.marks) if m[1] == "order")[2] += f" {text}"
     else: said.order.append((1, where)); said.marks.append([start, "order", f"{said.best} {text}".strip()])
-    return group(words, n, said)
+    return read_group(words, n, said)
 
-def group(words, i, said):
+def read_group(words, i, said):
     "Read 'of some tennis courts' or 'of the five', from which an order picks; the next place, `i` if there is none."
     if words[i] != "of": return i
     count, one = len(said.marks), blank(said.marks)
-    n = noun_phrase(words, i + 1, one)
+    n = read_noun(words, i + 1, one)
     if said.target and one.target not in ("", said.target) or n == i + 1:
         del said.marks[count:]
         return i
@@ -231,35 +232,35 @@ def group(words, i, said):
     return n
 
 # %% ../nbs/03c_grammar.ipynb #08260ad5
-def relation(words, i, said):
+def read_relation(words, i, said):
     "Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next place, `i` if there is none."
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
     if said.best and words[i] == "to": n, kind = i + 1, "near"  # 'the nearest car to the bus'
     elif words[j] in FIRST_WORDS: n, kind = next(((j + n, RELATIONS[text]) for n in (3, 2, 1) if (text := " ".join(words[j:j + n])) in RELATIONS), (i, ""))
     else: return i
     image = skip(words, n, DETERMINERS)
-    return i if n == i else image + 1 if words[image] in IMAGES else relate(words, i, n, kind, said)
+    return i if n == i else image + 1 if words[image] in IMAGES else add_relation(words, i, n, kind, said)
 
-def again(words, i, said):
+def read_again(words, i, said):
     "Read 'and the baseball field' where that is the target once more and 'is' follows; the next place, `i` if it is something else."
     if words[i] != "and": return i
     one = blank([])
-    n = noun_phrase(words, i + 1, one)
+    n = read_noun(words, i + 1, one)
     return n if n > i + 1 and one.target == said.target and words[n] in ("is", "are") else i
 
-def late(words, i, said):
+def read_late(words, i, said):
     "Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next place, `i` if there is none."
     j = skip(words, skip(words, i, PREPOSITIONS), DETERMINERS)
     kind = KIND.get(words[j])
-    return modifier(words, j, said) if kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from") else i
+    return read_modifier(words, j, said) if kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from") else i
 
 FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
-def tail(words, i, said):
+def read_tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
         n = i
-        for reading in (place, group, late, relation, again):
+        for reading in (read_place, read_group, read_late, read_relation, read_again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
         if n == i and KIND.get(words[i]) not in ("link", "determiner", "part"): said.unknown.append(words[i])
         i = max(n, i + 1)
@@ -267,25 +268,25 @@ def tail(words, i, said):
 
 LINKS, ENDINGS = {*LEXICON["link"].split(), ","} - {"and", "of"}, {"and", ",", "it", "they", "is", "are"}
 
-def read(text):
+def read_text(text):
     "(Phrase, marks) of a text; a mark is [place, kind, words] of a cue."
     words, said = split_words(text), blank([])
     start = next(i for i, word in enumerate(words) if KIND.get(word) != "request" and word not in ("is", "are"))
-    tail(words, noun_phrase(words, start, said), said)
+    read_tail(words, read_noun(words, start, said), said)
     return finish(text, said), said.marks
 
 def parse_expression(
     text: str,
 ) -> Phrase:
     "What a referring expression says, and in `unknown` what was not understood of it. Never raises for a str."
-    return read(text)[0]
+    return read_text(text)[0]
 
 # %% ../nbs/03c_grammar.ipynb #ccec8a38
 def cues(
     text: str,
 ) -> list:
     "(kind, words) of each cue in reading order, anchors included; kinds: order, relation, position, size, colour."
-    return [(kind, words) for _, kind, words in sorted(read(text)[1], key=lambda mark: mark[0])]
+    return [(kind, words) for _, kind, words in sorted(read_text(text)[1], key=lambda mark: mark[0])]
 
 # %% ../nbs/03c_grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
@@ -328,7 +329,7 @@ def absolute(words, i, n):
     k = i - 1
     while k >= 0 and words[k] in ("the", "a"): k -= 1
     before, ahead = words[k] if k >= 0 else "", words[k - 1] if k > 0 else ""
-    if before in ("its", "their", "from") or (before == "to" and (not image or ahead in SUPERLATIVES)): return 0  # 'on its left', 'from the left', 'to the left'
+    if before in ("its", "their", "from") or (before == "to" and ahead != "close" and (not image or ahead in SUPERLATIVES)): return 0  # 'on its left', 'from the left', 'to the left'
     if words[n] == "corner" and any(word in ("(", "[") or word.isdigit() for word in words[end:end + 3]): return 0  # 'top left corner (12, 40)' is of a box
     alone = n == i + 1 and end == n and not image
     if alone and (before not in ("in", "on", "at", "near", "towards") or (SIDES.get(words[i]) == "middle" and k == i - 1)): return 0  # 'is left', 'at center'
