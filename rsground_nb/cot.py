@@ -121,12 +121,12 @@ TEXTS = {
     "many": ("There are {count} {nouns}, {places}.", "The image has {count} {nouns}, {places}.", "{count} {nouns} are in the image, {places}."),
     "row": ("From {start} the {nouns} are {places}.", "The {nouns} from {start} are {places}.", "I look from {start}: {nouns} {places}."),
     "anchor": ("The {name} is at {at}.", "The {name} stands at {at}.", "Next, the {name}: it is at {at}."),
-    "holds": ("It is {words}, as it is said.", "That one is {words}.", "It is in fact {words}."),
+    "holds": ("The {noun} is {words}.", "The {noun} is {words}, as it is said.", "And the {noun} is {words}."),
     "only": ("Only one is {words}.", "Only one of the {count} is {words}.", "One is {words}, and only one."),
     "pick": ("The {words} is at {at}.", "At {at} is the {words}.", "The one at {at} is the {words}."),
     "decide": ("The target is {reason}, near {at}.", "It is {reason}, its centre is near {at}.", "It is {reason}; its centre lies near {at}."),
     # objects not known
-    "compare": ("I compare it with {words}.", "I look at where it stands to {words}.", "Its place is to be compared with {words}."),
+    "compare": ("I compare it with {words}.", "It is to be compared with {words}.", "I look for {words} to compare it with."),
     "count": ("I look from {start}.", "The order is from {start}.", "I go from {start}."),
     "size": ("I look at how large it is.", "I compare by size.", "Size is what I look at."),
     "fits": ("The {noun} here fits, near {at}.", "The {noun} that fits has its centre near {at}.", "What fits is the {noun} with its centre near {at}."),
@@ -156,16 +156,20 @@ def full_name(noun, phrase):
 
 def name_of(anchor): return " ".join(part for part in (anchor.size, *anchor.attributes, anchor.target) if part)
 
-def anchor_words(anchor): return f"the {name_of(anchor)}" if anchor.position or anchor.order or anchor.relations else anchor.text
+def anchor_words(anchor): return f"the {name_of(anchor)}" if anchor.position or anchor.relations else anchor.text
 
 def cue_words(row, phrase):
-    "(cues to repeat, positions that the box refutes), each as one text."
-    found = cues(row["expression"])
+    "(cues to repeat, positions that the box refutes), each as one text. Cues of an anchor are part of the anchor."
+    found, anchors, texts = cues(row["expression"]), {r.words: r.anchors for r in phrase.relations}, ([], [])
     if any(kind != "colour" for kind, _ in found): found = [c for c in found if c[0] != "colour"]
-    anchors = {r.words: " and ".join(map(anchor_words, r.anchors)) for r in phrase.relations}
-    wrong = bool(phrase.position) and not in_region(phrase.position, row["box"], row["width"], row["height"])
-    texts = [(kind == "position" and wrong, f"{words} {anchors[words]}" if kind == "relation" and words in anchors else words) for kind, words in found]
-    return [", ".join(text for odd, text in texts if odd is which) for which in (False, True)]
+    wrong, inside = bool(phrase.position) and not in_region(phrase.position, row["box"], row["width"], row["height"]), ""
+    for kind, words in found:
+        if words in inside: continue
+        if kind == "relation" and words in anchors:
+            inside = " and ".join(a.text for a in anchors[words])
+            words = f"{words} {' and '.join(map(anchor_words, anchors[words]))}"
+        texts[kind == "position" and wrong].append(words)
+    return tuple(map(", ".join, texts))
 
 # %% ../nbs/05_cot.ipynb #611692ad
 def find_target(row):
@@ -246,25 +250,25 @@ def compare(phrase, row, target, say, at):
     size, (pick, rank), (things, noun, colour) = (row["width"], row["height"]), pick_of(phrase), candidates(phrase, row, target)
     def leads(group): order = pick and in_order(pick, rank, group, size); return order if order and order[rank - 1] is target else None
     more, found, perhaps, certain = narrow(things, colour, phrase, row, target, say, at)
-    if len(things) == 1: return [say("one", noun=noun), *more, *([say("holds", words=found)] if found else [])], f"the only {noun}"
+    if len(things) == 1: return [say("one", noun=noun), *more, *([say("holds", noun=noun, words=found)] if found else [])], f"the only {noun}"
     count, nouns, order = count_of(things), plural(noun), pick in FIRST and leads(things)
     if order: said = [say("row", start=start_of(pick), nouns=nouns, places=listed(order, target, at)), *more]
     else: said = [say("many", count=count, nouns=nouns, places=listed(things, target, at, colour)), *more]
     if found and len(perhaps) == 1: return said + [say("only", words=found, count=count)], f"the {colour} one" if colour else f"the one {found}"
     if leads(perhaps) and (rank == 1 or perhaps == certain):
         words = pick_words(pick, rank)
-        return said + [say("pick", words=f"{words} {found}".strip(), at=at(target))], f"the {words}" if " " in words else f"the {words} one"
+        return said + [say("pick", words=f"{words} {found}".strip(), at=at(target))], f"the {words.split()[0]} one"
     if found and len(certain) == 1: return said + [say("pick", words=f"one {found}", at=at(target))], f"the one {found}"
     return said, "the one that is meant"
 
 # %% ../nbs/05_cot.ipynb #d9f67900
-def look_at(phrase, row, say):
+def look_at(phrase, row, noun, say):
     "Sentences that make no claim about any object but the target."
     said = [say("compare", words=" and ".join(map(anchor_words, r.anchors))) for r in phrase.relations]
     pick, _ = pick_of(phrase)
     if phrase.order and pick and SIDES.keys() >= set(pick.split()): said.append(say("count", start=start_of(pick)))
     if phrase.size and not phrase.order: said.append(say("size"))
-    if phrase.position and in_region(phrase.position, row["box"], row["width"], row["height"]): said.append(say("holds", words=f"at the {cell_words(phrase.position)}"))
+    if phrase.position and in_region(phrase.position, row["box"], row["width"], row["height"]): said.append(say("holds", noun=noun, words=f"at the {cell_words(phrase.position)}"))
     return said
 
 # %% ../nbs/05_cot.ipynb #06c1b506
@@ -281,7 +285,9 @@ def think(row, codec, rng):
     if target:
         sentences, reason = compare(phrase, row, target, say, at)
         steps += [*sentences, say("decide", reason=reason, at=at(row))]
-    else: steps += [*look_at(phrase, row, say), say("fits", noun=noun if phrase.number == 1 else f"group of {plural(noun)}", at=at(row))]
+    else:
+        noun = noun if phrase.number == 1 else f"group of {plural(noun)}"
+        steps += [*look_at(phrase, row, noun, say), say("fits", noun=noun, at=at(row))]
     return f"<think>{' '.join(steps)}</think><answer>{[x1, y1, x2, y2]}</answer>"
 
 def write_chain(
