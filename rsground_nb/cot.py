@@ -41,10 +41,10 @@ def answer_of(
     "The row's box as the student should write it. Raises ValueError where that is no box, leaves the frame, or is too coarse."
     box, width, height = row["box"], row["width"], row["height"]
     if not (width and height): raise ValueError("width and height are not known")
-    if not all(map(math.isfinite, box)): raise ValueError(f"box {list(box)} is not finite")
+    shown = f"box ({', '.join(f'{v:g}' for v in box)})"
+    if not all(map(math.isfinite, box)): raise ValueError(f"{shown} is not finite")
     x1, y1, x2, y2 = written = codec.encode(box, width, height)
     fw, fh = codec.frame(width, height)
-    shown = f"box ({', '.join(f'{v:g}' for v in box)})"
     if x1 < 0 or y1 < 0 or x2 > fw or y2 > fh: raise ValueError(f"{shown} leaves the image {width}x{height}")
     if x1 >= x2 or y1 >= y2: raise ValueError(f"{shown} has no area in whole numbers of the frame {fw}x{fh}")
     reached = iou(codec.decode(written, width, height), box)
@@ -145,13 +145,14 @@ def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.
 def noun_of(row, phrase):
     "What the sentence calls the target; else its category; else the expression without its article. Raises ValueError for an empty expression, or for signs that an answer must not hold."
     if not (row["expression"] or "").strip(): raise ValueError("expression is empty")
-    noun = phrase.target or row.get("category") or re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I)
+    understood = not set(phrase.target.split()) <= set(phrase.unknown)
+    noun = understood and phrase.target or row.get("category") or re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I)
     if re.search(r"[<>\[\](){}]", noun): raise ValueError(f"expression {row['expression']!r} has signs that belong to an answer")
     return noun
 
 def full_name(noun, phrase):
     "The noun with its attributes, a group in words of a group."
-    words = " ".join([*(phrase.attributes if phrase.target else ()), noun if phrase.number == 1 else plural(noun)])
+    words = " ".join([*(phrase.attributes if noun == phrase.target else ()), noun if phrase.number == 1 else plural(noun)])
     return words if phrase.number == 1 else f"group of {words}"
 
 def name_of(anchor): return " ".join(part for part in (anchor.size, *anchor.attributes, anchor.target) if part)
