@@ -1,0 +1,43 @@
+"""transformers' own server with the tiny model, for tests: as `rsground_nb.chat.serve_tiny`, and every request is written down.
+
+    python tests/serve_tiny.py PORT LOG
+
+A request adds a line to LOG when it has arrived, and another when its answer has left: time, SHA-256 of the body (as JSON with sorted keys), "asked" or the HTTP status.
+"""
+import json
+import sys
+import time
+
+from faulty_server import body_hash
+
+
+class Logged:
+    """The same ASGI application, with a log of its chat requests."""
+
+    def __init__(self, app, path): self.app, self.path = app, path
+
+    def write(self, what, body):
+        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(time=time.time(), hash=body_hash(json.loads(body)), what=what)) + "\n")
+
+    async def __call__(self, scope, receive, send):
+        if scope.get("path") != "/v1/chat/completions": return await self.app(scope, receive, send)
+        parts, status = [await receive()], []
+        while parts[-1].get("more_body"): parts.append(await receive())
+        body = b"".join(p.get("body", b"") for p in parts)
+        self.write("asked", body)
+        async def again(): return parts.pop(0) if parts else await receive()
+        async def told(message):
+            await send(message)
+            if message["type"] == "http.response.start": status.append(message["status"])
+            elif not message.get("more_body"): self.write(str(status[0]), body)
+        await self.app(scope, again, told)
+
+
+if __name__ == "__main__":
+    from transformers.cli.serving import server
+
+    from rsground_nb.chat import serve_tiny
+
+    build = server.build_server
+    server.build_server = lambda *args, **more: Logged(build(*args, **more), sys.argv[2])
+    serve_tiny(int(sys.argv[1]))

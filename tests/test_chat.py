@@ -1,0 +1,342 @@
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from datasets import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from benchmark_chat import kill_test
+from conftest import ROOT
+from rsground_nb.boxes import Codec, parse_completion
+from rsground_nb.chat import (PROMPT_VERSION, TEMPLATE, ReplyCache, Server, chat_drafts, content_key, cost_table, data_url, free_port, in_threads, make_question,
+                              read_reply, wait_for, write_prompt)
+from rsground_nb.data import to_dataset
+from rsground_nb.scenes import scene_records
+
+CODEC = Codec("qwen2_5_vl", 28, 56 * 56, 112 * 112)
+ROWS = to_dataset(list(scene_records(12, 0)))
+
+
+class Faulty:
+    """A server that misbehaves by plan, in its own process; `log()` is what it was asked."""
+
+    def __init__(self, folder, *faults, port=None):
+        self.port, self.file = port or free_port(), Path(folder, "server.jsonl")
+        out = Path(folder, "server.out")
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "faulty_server.py"), str(self.port), str(self.file), *faults], stdin=subprocess.PIPE, stdout=out.open("w"), stderr=subprocess.STDOUT)
+        wait_for(self.process, self.port, out, 30)
+
+    def server(self, **settings): return Server(f"http://127.0.0.1:{self.port}/v1", "m", **{"max_retries": 2, "workers": 1, "timeout": 20, **settings})
+
+    def log(self): return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def kill(self): self.process.kill(); self.process.communicate()
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    started = []
+    def start(*faults, **kw):
+        started.append(Faulty(tmp_path, *faults, **kw))
+        return started[-1]
+    yield start
+    for s in started: s.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch): monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def draw(server, tmp_path, count=3, **kw): return chat_drafts(ROWS.select(range(count)), CODEC, server, tmp_path / "replies.sqlite", **kw)
+
+
+def test_every_row_gets_its_own_box_in_order(faulty, tmp_path):
+    s = faulty()
+    drafts = draw(s.server(workers=4), tmp_path, 12)
+    assert [parse_completion(d.completion).box for d in drafts] == [CODEC.encode(r["box"], r["width"], r["height"]) for r in ROWS]
+    assert len(s.log()) == 12 and {d.details["prompt_version"] for d in drafts} == {PROMPT_VERSION}
+    again = draw(s.server(), tmp_path, 12)
+    assert [d.completion for d in again] == [d.completion for d in drafts] and all(d.details["cached"] for d in again)
+    assert len(s.log()) == 12
+
+
+@pytest.mark.parametrize("fault", ["429=1", "500", "503", "close", "cut", "slow=3"])
+def test_what_passes_is_waited_for(faulty, tmp_path, fault):
+    s = faulty(fault)
+    drafts = draw(s.server(timeout=1), tmp_path)
+    assert not any(d.trouble for d in drafts) and [x["retry"] for x in s.log()] == [0, 1, 0, 0]
+    if fault == "429=1": assert s.log()[1]["time"] - s.log()[0]["time"] >= 1
+
+
+@pytest.mark.parametrize("fault, said", [("500", "HTTP 500"), ("429=0.1", "429"), ("halfjson", "ends in the middle"), ("html", "not a chat completion"), ("nochoices", "not a chat completion"), ("abort", "broke off"),
+                                         ("400", "400"), ("close", "no connection"), ("slow=3", "no reply within 1 s, asked once")])
+def test_what_does_not_pass_is_told_and_not_remembered(faulty, tmp_path, fault, said):
+    s = faulty(fault)
+    drafts = draw(s.server(max_retries=0, timeout=1, structured=False), tmp_path)
+    assert said in drafts[0].trouble and drafts[0].completion == "" and not drafts[1].trouble and not drafts[2].trouble
+    assert not any(d.trouble for d in draw(s.server(structured=False), tmp_path))
+    assert len(s.log()) == 4 and s.log()[3]["hash"] == s.log()[0]["hash"]
+
+
+@pytest.mark.parametrize("fault, said", [("401", "OPENAI_API_KEY, which is set"), ("403", "refuses the key"), ("404", "no model 'm'")])
+def test_what_no_row_can_get_over_stops_at_once(faulty, tmp_path, fault, said, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    s = faulty("ok", f"always:{fault}")
+    with pytest.raises(ValueError, match=said) as caught: draw(s.server(), tmp_path, 12)
+    assert len(s.log()) == 2 and s.log()[0]["key"] == "sk-very-secret"
+    shown = "".join(traceback.format_exception(caught.value)) + "".join(capfd.readouterr()) + repr(s.server())
+    stored = b"".join(p.read_bytes() for p in tmp_path.glob("replies.sqlite*"))
+    assert "very-secret" not in shown and b"very-secret" not in stored
+
+
+def test_a_key_in_the_servers_words_is_left_out(faulty, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    trouble = draw(faulty("500").server(key_env="MY_KEY", max_retries=0), tmp_path, 1)[0].trouble
+    assert "HTTP 500 for the key …" in trouble
+
+
+def test_a_server_without_a_key_gets_a_dummy(faulty, tmp_path):
+    s = faulty()
+    draw(s.server(), tmp_path, 1)
+    assert s.log()[0]["key"] == "none"
+
+
+@pytest.mark.parametrize("structured, asked", [(None, [True, False, False, False]), (False, [False] * 3)])
+def test_a_refused_format_is_done_without_and_remembered(faulty, tmp_path, structured, asked):
+    s = faulty("always:noformat")
+    drafts = draw(s.server(structured=structured), tmp_path)
+    assert not any(d.trouble for d in drafts) and [x["format"] for x in s.log()] == asked
+    assert all(d.details["cached"] for d in draw(s.server(), tmp_path)) and len(s.log()) == len(asked)
+
+
+def test_a_demanded_format_is_not_given_up(faulty, tmp_path):
+    s = faulty("always:noformat")
+    assert all("400" in d.trouble for d in draw(s.server(structured=True), tmp_path)) and all(x["format"] for x in s.log())
+
+
+def test_a_reply_cut_by_its_limit_is_kept_and_has_no_box(faulty, tmp_path):
+    s = faulty("always:length")
+    for cached in (False, True):
+        d = draw(s.server(), tmp_path, 1)[0]
+        assert d.details["finish_reason"] == "length" and d.details["cached"] == cached and parse_completion(d.completion).box is None
+    assert len(s.log()) == 1
+
+
+def test_an_empty_reply_is_trouble_and_paid_once(faulty, tmp_path):
+    s = faulty("always:empty")
+    for _ in range(2): assert "empty" in draw(s.server(), tmp_path, 1)[0].trouble
+    assert len(s.log()) == 1
+
+
+def test_tokens_are_estimated_where_the_server_does_not_count(faulty, tmp_path):
+    d = draw(faulty("nousage").server(), tmp_path, 2)
+    assert d[0].details["estimated"] and 150 < d[0].details["tokens"] < 600 and not d[1].details["estimated"] and d[1].details["tokens"] == 100
+
+
+def test_a_budget_ends_the_asking_and_a_later_run_goes_on(faulty, tmp_path):
+    s, got = faulty(), []
+    for _ in range(4):
+        with pytest.warns(UserWarning, match="not asked") if len(got) < 2 else nullcontext(): drafts = draw(s.server(), tmp_path, 5, budget=150)
+        got.append(sum(not d.trouble for d in drafts))
+        assert all("budget of 150 tokens is spent" in d.trouble for d in drafts if d.trouble)
+    assert got == [2, 4, 5, 5] and len(s.log()) == 5
+
+
+def test_a_dead_server_is_given_up_and_the_next_run_goes_on(faulty, tmp_path):
+    gone = Server(f"http://127.0.0.1:{free_port()}/v1", "m", max_retries=0, workers=2, max_failures=3)
+    with pytest.warns(UserWarning, match="rows were not asked: . rows in a row got no answer.*run it again") as told: drafts = draw(gone, tmp_path, 12)
+    failed = [d for d in drafts if d.trouble.startswith("no connection")]
+    assert 3 <= len(failed) <= 4 and cost_table(drafts).iloc[0][["failed", "not_asked"]].tolist() == [len(failed), 12 - len(failed)]
+    assert f"{12 - len(failed)} of 12 rows" in str(told[0].message)
+    assert not any(d.trouble for d in draw(faulty().server(), tmp_path, 12))
+
+
+def wait_until(ready, seconds=60):
+    until = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_server_that_dies_and_comes_back_is_waited_for(faulty, tmp_path):
+    s, got = faulty("ok", "ok", "always:slow=60"), []
+    asking = threading.Thread(target=lambda: got.extend(draw(s.server(max_retries=6, timeout=50), tmp_path, 5)), daemon=True)
+    asking.start()
+    wait_until(lambda: len(s.log()) == 3)
+    s.kill()
+    faulty(port=s.port)
+    asking.join(60)
+    assert len(got) == 5 and not any(d.trouble for d in got)
+    log = s.log()
+    assert len(log) == 6 and len({x["hash"] for x in log}) == 5 and log[2]["hash"] == log[3]["hash"]
+
+
+def test_rows_with_the_same_content_are_asked_once(faulty, tmp_path):
+    s, rows = faulty("slow=1", "500"), ROWS.select([0, 0, 1, 0, 1])
+    drafts = chat_drafts(rows, CODEC, s.server(workers=4, max_retries=0), tmp_path / "c.sqlite")
+    assert len(s.log()) == 2 and drafts[0].completion == drafts[1].completion == drafts[3].completion != ""
+    assert [d.details.get("cached") for d in drafts[:2]] == [False, True] and drafts[2].trouble == drafts[4].trouble != ""
+    assert cost_table(drafts).iloc[0].to_dict() == dict(rows=5, cached=2, asked=1, failed=2, not_asked=0, tokens=100, estimated=False)
+
+
+def test_two_clients_share_a_cache(faulty, tmp_path):
+    s, got = faulty(), {}
+    def ask_all(k): got[k] = draw(s.server(workers=3), tmp_path, 12)
+    clients = [threading.Thread(target=ask_all, args=(k,), daemon=True) for k in range(3)]
+    for c in clients: c.start()
+    for c in clients: c.join(60)
+    assert len(got) == 3 and len({tuple(d.completion for d in drafts) for drafts in got.values()}) == 1 and not any(d.trouble for d in got[0])
+    again = draw(s.server(), tmp_path, 12)
+    assert all(d.details["cached"] for d in again)
+
+
+def test_a_limit_counts_requests(faulty, tmp_path):
+    s = faulty()
+    with pytest.warns(UserWarning, match="limit of 2 requests"): draw(s.server(workers=4), tmp_path, 5, limit=2)
+    assert len(s.log()) == 2 and not any(d.trouble for d in draw(s.server(), tmp_path, 5, limit=3))
+
+
+def test_a_broken_image_costs_its_own_row_only(faulty, tmp_path):
+    records = list(scene_records(4, 0))
+    records[1]["image"], records[2]["image"] = {"bytes": b"not a picture", "path": None}, {"bytes": None, "path": str(tmp_path / "gone.png")}
+    s = faulty()
+    drafts = chat_drafts(to_dataset(records), CODEC, s.server(max_failures=1), tmp_path / "c.sqlite")
+    assert [bool(d.trouble) for d in drafts] == [False, True, True, False] and "gone.png" in drafts[2].trouble and len(s.log()) == 2
+
+
+def test_ctrl_c_leaves_at_once_and_keeps_what_came(faulty, tmp_path):
+    s = faulty("ok", "ok", "always:slow=300")
+    program = f"from test_chat import *; draw(Server('http://127.0.0.1:{s.port}/v1', 'm', workers=3, timeout=300), Path({str(tmp_path)!r}), 12)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_until(lambda: len(s.log()) == 5)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0].decode()
+    finally: process.kill()
+    assert process.returncode != 0 and "KeyboardInterrupt" in said
+    with pytest.warns(UserWarning): drafts = draw(s.server(), tmp_path, 12, limit=0)
+    assert sum(not d.trouble for d in drafts) == 2
+
+
+def test_jobs_are_taken_when_a_thread_is_free():
+    taken, done = [], 0
+    def jobs():
+        for k in range(50): taken.append(k); yield k
+    for k, result in in_threads(lambda k: k * k, jobs(), 4):
+        done += 1
+        assert result == k * k and len(taken) - done < 4
+    assert done == 50
+
+
+def picture_size(row, codec):
+    url = data_url(make_question(row, codec))
+    return PILImage.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+
+
+@pytest.mark.parametrize("codec, size", [(Codec("pixel"), (120, 90)), (Codec("qwen2_5_vl"), (112, 84)), (Codec("qwen2_5_vl", max_pixels=56 * 56), (56, 28)), (Codec("qwen3_vl"), (112, 84))])
+def test_the_picture_has_the_size_of_the_students(codec, size):
+    packed = io.BytesIO()
+    PILImage.new("L", (120, 90)).save(packed, "PNG")
+    row = dict(image={"bytes": packed.getvalue(), "path": None}, expression="the ship", box=[60, 45, 120, 90], width=120, height=90)
+    assert picture_size(row, codec) == size
+    if codec.name != "qwen3_vl": assert f"{size[0]} wide and {size[1]} high" in write_prompt(row, codec) and str(list(codec.encode(row["box"], 120, 90))) in write_prompt(row, codec)
+    else: assert "run from 0 to 1000" in write_prompt(row, codec) and "[500, 500, 1000, 1000]" in write_prompt(row, codec)
+
+
+PLAIN = ROWS.cast_column("image", Image(decode=False))
+HERE = Server("http://127.0.0.1:1/v1", "m")
+
+
+@pytest.mark.parametrize("change", [dict(model="n"), dict(max_tokens=9), dict(temperature=1.0), dict(seed=1), dict(seed=None), dict(more={"top_p": 0.5}), dict(image=PLAIN[1]["image"]), dict(expression="the car"), dict(box=[1.0, 2.0, 30.0, 40.0]), dict(structured=False)])
+def test_what_shapes_the_answer_changes_the_key(change):
+    server = replace(HERE, **{k: v for k, v in change.items() if k in ("model", "max_tokens", "temperature", "seed", "more")})
+    row = {**PLAIN[0], **{k: v for k, v in change.items() if k in ("image", "expression", "box")}}
+    assert content_key(server, make_question(row, CODEC), change.get("structured", True)) != content_key(HERE, make_question(PLAIN[0], CODEC), True)
+
+
+def test_another_address_or_key_does_not_change_it(monkeypatch):
+    keys = {content_key(replace(HERE, **change), make_question(PLAIN[0], CODEC), True) for change in ({}, dict(url="https://example.invalid/v1"), dict(key_env="OTHER"), dict(workers=1, timeout=1, max_retries=0))}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    assert keys == {content_key(HERE, make_question(PLAIN[0], CODEC), True)}
+
+
+@pytest.mark.parametrize("url, model, said", [("localhost:8000/v1", "m", "http://"), ("ftp://h/v1", "m", "http://"), ("", "m", "http://"), ("https://u:sk-secret@h/v1", "m", "key_env"), ("https://h/v1?key=sk-secret", "m", "key_env"), ("http://h/v1", "", "which model")])
+def test_a_server_that_cannot_be_meant_is_refused(url, model, said):
+    with pytest.raises(ValueError, match=said) as caught: Server(url, model)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_with_a_line_break_is_not_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsk-other")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught: HERE.connect()
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_file_that_is_no_cache_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("something else, and more than a header's worth of it" * 3)
+    with pytest.raises(ValueError, match="notes.txt is not a cache of replies"): chat_drafts(ROWS, CODEC, HERE, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text().startswith("something else")
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("CREATE TABLE replies (a, b)"); other.close()
+    with pytest.raises(ValueError, match="other.sqlite"): ReplyCache(tmp_path / "other.sqlite")
+
+
+def test_the_prompt_version_follows_the_template():
+    assert PROMPT_VERSION == hashlib.sha256(TEMPLATE.read_text(encoding="utf-8").encode()).hexdigest()[:8], "the template has changed: renew PROMPT_VERSION"
+
+
+def test_an_expression_is_text_to_the_template():
+    said = write_prompt({**PLAIN[0], "expression": 'the {{ box }} "ship" {% if %}\n<b>& {# x #}'}, CODEC)
+    assert 'the {{ box }} "ship" {% if %} <b>& {# x #}' in said
+
+
+PIECES = ["{", "}", "[", "]", '"reasoning"', ": ", '"box"', ", ", '"a (3, 4)"', "1, 2, 30, 40", "7", "null", "<think>", "</think>", "<answer>", "</answer>", "```json\n", "\n", "\\", '"', "é", "{\"reasoning\": \"a\", \"box\": "]
+
+
+@given(st.one_of(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.text()))
+@settings(max_examples=500, deadline=None)
+def test_no_reply_breaks_the_reader_and_no_box_is_made_up(text):
+    made = read_reply(text)
+    box = parse_completion(made).box
+    if box: assert {int(v) for v in box} <= {int(n) for n in re.findall(r"\d+", text)}
+    if "{" not in text and "<" not in text: assert made == text.strip()
+
+
+@given(st.integers(0, 300), st.sampled_from(["", "Well: ", "```json\n"]))
+def test_a_reply_cut_anywhere_has_its_box_or_none(cut, before):
+    whole = json.dumps({"reasoning": "The \"ship\" at (3, 4), {left} of [the] car.", "box": [1, 2, 30, 40]})
+    text = (before + whole)[:cut]
+    assert parse_completion(read_reply(text)).box == ((1, 2, 30, 40) if whole in text else None)
+
+
+@pytest.mark.parametrize("reply, completion", [
+    ('{"box": [1, 2, 3, 4], "reasoning": "a\nb"}', "<think>a\nb</think><answer>[1, 2, 3, 4]</answer>"),
+    ('<think>hm, {1}</think>{"reasoning": "<think>a</think>", "box": "[1, 2, 3, 4]"}', "<think>a</think><answer>[1, 2, 3, 4]</answer>"),
+    ('[{"reasoning": "a", "box": [1.0, 2.5, 3, 4]}]', "<think>a</think><answer>[1, 2.5, 3, 4]</answer>"),
+    ('{"reasoning": ["a"], "box": [1, 2, 3, 4]}', '{"reasoning": ["a"], "box": [1, 2, 3, 4]}'),
+    ('{"reasoning": "a", "bbox": [1, 2, 3, 4]}', '{"reasoning": "a", "bbox": [1, 2, 3, 4]}'),
+    ("<think>a</think> <answer>[1, 2", "<think>a</think> <answer>[1, 2"), ("", ""), ("{" * 5000 + "[" * 5000, "{" * 5000 + "[" * 5000)])
+def test_replies_as_they_come(reply, completion): assert read_reply(reply) == completion
+
+
+def test_server_and_client_are_killed_and_nothing_is_lost_or_asked_twice(tmp_path):
+    runs, facts = kill_test(tmp_path, count=10, kills=1, seed=int(time.time()) % 1000, seconds=240)
+    assert facts["kills"] == 2 and facts["repeated"] == 0 and facts["same_text_again"], (runs, facts)
+    assert (facts["rows"], facts["duplicates"], facts["without_reply"], facts["replies"]) == (10, 0, 0, 10)
+    assert runs[-1]["requests"] == 0 and facts["requests"] >= 10
