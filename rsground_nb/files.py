@@ -9,9 +9,9 @@ __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'READ_ERRORS', 'SPLITS', 'VRSBEN
            'PlainUnpickler', 'open_pickle', 'open_image', 'image_size', 'same_letters', 'ImageFolder', 'lines_of',
            'declared_size', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr',
            'percent_box', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo',
-           'known_mask', 'image_mask', 'jsonl_parts', 'read_jsonl', 'coco_runs', 'polygon_mask', 'open_instances',
-           'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases', 'find_stem', 'read_voc',
-           'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of',
+           'known_mask', 'image_mask', 'jsonl_parts', 'read_objects', 'read_jsonl', 'coco_runs', 'polygon_mask',
+           'open_instances', 'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases', 'find_stem',
+           'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of',
            'has_descriptions', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
@@ -108,8 +108,9 @@ def check_row(
     row: dict,  # expression, box, width, height (None: not known)
 ) -> list:
     "What is odd about a usable row, as a list of Defect. Raises Defect for a row that cannot be used."
-    for name in ("expression", "image_id", "expression_id", "category", "source", "split", "mask", "image"):
-        value = "" if row.get(name) is None else row[name]
+    texts = {name: row.get(name) for name in ("expression", "image_id", "expression_id", "category", "source", "split", "mask", "image")}
+    for name, value in [*texts.items(), *(("objects", o[name]) for o in row.get("objects") or () for name in ("category", "colour"))]:
+        value = "" if value is None else value
         if not isinstance(value, str): raise Defect("wrong fields", f"{name} is not text: {quote(value)}")
         if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value): raise Defect("not UTF-8", f"{name} is not UTF-8: {ascii(value)[:60]}")
     x1, y1, x2, y2 = row["box"]
@@ -492,6 +493,13 @@ def jsonl_parts(r: dict) -> tuple:
         box = parsed.box
     return text.strip(), numbers(box, CORNERS), text_of([*list_field(r, "images"), None][0], "images") if "images" in r else text_field(r, "image")
 
+def read_objects(found) -> list | None:
+    "The `objects` of a row (category, colour, box); None stays None. Raises Defect."
+    if found is None: return None
+    if not isinstance(found, list): raise Defect("wrong fields", f"objects is not a list: {quote(found)}")
+    def known(o, name): return None if o.get(name) is None else text_field(o, name)
+    return [dict(category=text_field(o, "category"), colour=known(o, "colour"), box=numbers(field(o, "box"), CORNERS)) for o in found]
+
 def read_jsonl(path: Path, images: ImageFolder) -> tuple:
     "JSON lines of this package (image, expression, box, ...), of VLM-R1 (image, conversations) or EasyR1 (images, problem, answer.bbox); boxes in original pixels. A row may name its split."
     def row(item):
@@ -504,7 +512,7 @@ def read_jsonl(path: Path, images: ImageFolder) -> tuple:
         width, height = images.size(image, declared)
         mask = r.get("mask") and width and coco_runs(parse_json(text_field(r, "mask")), width, height)
         return dict(image=image and str(image), image_id=text_of(r.get("image_id") or name, "image_id"), expression_id=text_of(r.get("expression_id") or f"{path.stem}:{line}", "expression_id"), expression=expression, box=box,
-                    width=width, height=height, category=r.get("category"), polygon=r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8), mask=mask or None, source=r.get("source") or "jsonl", **({"split": r["split"]} if r.get("split") else {}))
+                    width=width, height=height, category=r.get("category"), polygon=r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8), mask=mask or None, source=r.get("source") or "jsonl", objects=read_objects(r.get("objects")) if "expression" in r else None, **({"split": r["split"]} if r.get("split") else {}))
     return collect(((k, "", (k, text)) for k, _, text in text_lines(path)), path.name, row)
 
 # %% ../nbs/02b_files.ipynb #3ae2b9c9

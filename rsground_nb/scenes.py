@@ -592,5 +592,6 @@ def scene_records(
         text, thing, rule = picked
         name, seen, silent = f"{split}{made:06d}", label_map(scene) == next(k for k, t in enumerate(scene.things, 1) if t is thing), 0
         yield dict(image={"bytes": as_png(draw_scene(scene, rng)), "path": None}, expression=text, box=list(thing.box), width=side, height=side, category=thing.category,
-                   polygon=thing.polygon, mask=encode_mask(seen), source=f"scenes:{rule}", image_id=name, expression_id=name, split=split)
+                   polygon=thing.polygon, mask=encode_mask(seen), source=f"scenes:{rule}", image_id=name, expression_id=name, split=split,
+                   objects=[dict(category=t.category, colour=t.colour, box=list(t.box)) for t in scene.things if t.pixels])
         made += 1

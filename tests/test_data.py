@@ -9,9 +9,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from conftest import ROOT
-from rsground_nb.data import FEATURES, compare_rows, data_parts, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset
+from rsground_nb.data import FEATURES, compare_rows, data_parts, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset, write_jsonl
 from rsground_nb.files import read_rows
 from rsground_nb.scale import get_scale
+from rsground_nb.scenes import scene_records
 
 HASHES = {"train": "4231ca82e1b0c053f30ca45652df643edfc4151283ff34716b9d836d04706487",
           "val": "cf228f3814159ab3deca93bb11765d4cdd761441c794039cf68bda0d7be7a44c",
@@ -145,3 +146,23 @@ def test_a_file_at_a_folder_may_have_signs_in_its_name(tmp_path):
     (tmp_path / "m.jsonl").write_text("{}")
     assert data_parts(f"{tmp_path}/m.jsonl@{tmp_path}/me@home") == (f"{tmp_path}/m.jsonl", f"{tmp_path}/me@home")
     assert data_parts(tmp_path / "me@home") == (f"{tmp_path}/me@home", None)
+
+
+def test_objects_are_known_for_scenes_and_not_for_real_crops(shared):
+    scenes, crops = load_data("scenes", get_scale("smoke"), 0)[0]["val"], load_folder(shared / "aerial_mini")[0]["val"]
+    assert scenes.features == crops.features == FEATURES and set(crops["objects"]) == {None}
+    for row in scenes.remove_columns("image"): assert [o["category"] for o in row["objects"] if o["box"] == row["box"]] == [row["category"]]
+
+
+def test_objects_survive_the_way_through_a_file_the_cache_and_a_new_split(tmp_path):
+    (tmp_path / "images").mkdir()
+    made = [{**r, "image": str(tmp_path / "images" / f"{r['image_id']}.png")} for r in scene_records(6, 0, style="aerial")]
+    for r in made: Image.new("RGB", (112, 112)).save(r["image"])
+    made[0]["objects"], made[1]["objects"], made[2]["objects"][0]["colour"] = None, [], None
+    images = write_jsonl(made, tmp_path / "rows.jsonl", tmp_path / "images")
+    for _ in range(2):
+        splits, findings = load_folder(tmp_path / "rows.jsonl", images=images, cache=tmp_path / "cache")
+        assert findings == [] and splits["train"]["objects"][:] == [r["objects"] for r in made]
+    again = {r["expression_id"]: r["objects"] for part in resplit(splits).values() for r in part.remove_columns("image")}
+    assert again == {r["expression_id"]: r["objects"] for r in made}
+    assert split_hash(splits["train"]) == split_hash(to_dataset([{**r, "objects": None} for r in made]))

@@ -415,7 +415,8 @@ def test_a_namespace_and_odd_sizes_in_xml(tmp_path):
         assert kinds(path) == [kind]
 
 
-@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg"]), ("width", 5e9), ("polygon", [1])])
+@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg"]), ("width", 5e9), ("polygon", [1]),
+                                          ("objects", 3), ("objects", [1]), ("objects", [dict(category="ship")]), ("objects", [dict(category="ship", box=[1, 2, 3])]), ("objects", [dict(category="\ud800", box=[1, 2, 3, 4])])])
 def test_a_field_of_the_wrong_kind_is_a_finding_and_loading_goes_on(tmp_path, field, value):
     picture(tmp_path / "a.jpg")
     good = dict(image="a.jpg", expression="the ship", box=[1, 2, 30, 20], width=64, height=48, category="ship")

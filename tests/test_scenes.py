@@ -306,6 +306,16 @@ def test_a_record_holds_the_annotation_of_its_target(style):
         assert min(row["polygon"]) >= 0 and max(row["polygon"]) <= 128
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_the_objects_of_a_record_are_all_that_can_be_seen(style, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("rsground_nb.scenes.draw_scene", lambda scene, rng: drawn.append(scene) or Image.new("RGB", (4, 4)))
+    for row in scene_records(40, 7, 96, style=style):
+        shapes = masks(drawn[-1])
+        assert row["objects"] == [dict(category=t.category, colour=t.colour, box=list(t.box)) for t, m in zip(drawn[-1].things, shapes) if m.any()]
+        assert [o["category"] for o in row["objects"] if o["box"] == row["box"]] == [row["category"]]
+
+
 PRINT_DIGEST = "import hashlib; from rsground_nb.scenes import STYLES, scene_records; print(hashlib.sha256(repr([list(scene_records(4, 9, 96, style=s)) for s in STYLES]).encode()).hexdigest())"
 
 
