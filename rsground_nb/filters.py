@@ -8,15 +8,16 @@ __all__ = ['CODES', 'THOUGHT', 'ANSWER', 'NUMBER', 'RANGE', 'ABOUT', 'PLACES', '
            'OF_A_THING', 'NOTHING', 'RELATION', 'AXES', 'EXACT', 'PLAIN_END', 'FRAME_IOU', 'MORE_NAMES', 'IN_NUMBERS',
            'WHERE', 'REJECTED', 'THE_BOX', 'GIVEN', 'LEAKS', 'Fault', 'verdict', 'take_apart', 'Place', 'places',
            'singular', 'plain', 'anchors_of', 'Known', 'known_things', 'Noun', 'gather', 'kind_of', 'nouns_in',
-           'stand_ins', 'Reading', 'owner', 'read_thought', 'near', 'is_target', 'boxes_of', 'negated', 'sentence_of',
-           'position_faults', 'thing', 'relation_faults', 'stands', 'count_faults', 'other_frames', 'readings',
-           'other_convention', 'box_faults', 'step_faults', 'place_words', 'elsewhere_faults', 'of_another_kind',
-           'leak_faults', 'find_faults']
+           'stand_ins', 'Reading', 'is_plural', 'owner', 'read_thought', 'near', 'is_target', 'boxes_of',
+           'things_named', 'negated', 'sentence_of', 'position_faults', 'thing', 'relation_faults', 'stands',
+           'place_faults', 'count_faults', 'other_frames', 'readings', 'other_convention', 'box_faults', 'step_faults',
+           'place_words', 'elsewhere_faults', 'of_another_kind', 'leak_faults', 'find_faults']
 
 # %% ../nbs/05b_filters.ipynb #fdc20f18
 import re
 from bisect import bisect, bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from .boxes import BOX, Codec, area, iou
@@ -55,11 +56,11 @@ ANSWER = re.compile(r"\s*<answer>\s*" + BOX.pattern + r"\s*</answer>\s*")
 def take_apart(
     text: str,  # one completion
 ) -> tuple:
-    "(thought, box as written, faults no_thought and no_box); '' and None where they are missing. Without these faults the format reward of chapter 07 pays."
+    "(thought in lower case and single blanks, box as written, faults no_thought and no_box); '' and None where they are missing. Without these faults the format reward of chapter 07 pays."
     if not isinstance(text, str): text = ""
     faults, count = [], {tag: text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")}
     found = THOUGHT.match(text)
-    thought = " ".join(found[1].split()) if found else ""
+    thought = " ".join(found[1].lower().split()) if found else ""
     if not thought:
         why = "nothing stands in <think></think>" if found else "the text does not begin with <think>…</think>"
         faults.append(Fault("no_thought", why + f" (<think> {count['<think>']} times, </think> {count['</think>']} times)" * (not found)))
@@ -76,7 +77,7 @@ RANGE = NUMBER + r"(?: ?(?:to|and|-|–) ?" + NUMBER + ")?"
 ABOUT = r"(?:[ -]?(?:coordinate|axis|value|position)s?)? ?(?:[=≈:~]|(?:is |are |at |of |near |around |about |roughly |approximately |between |from |spans |runs |ranges )*) ?"
 PLACES = re.compile("|".join([rf"[(\[] ?{NUMBER} ?, ?{NUMBER} ?(?:, ?{NUMBER} ?, ?{NUMBER} ?)?[)\]]",        # (412, 300) or [380, 280, 440, 320]
                               rf"\bx{ABOUT}{RANGE}[^0-9]{{0,30}}?\by{ABOUT}{RANGE}",                          # x = 412 and y = 300; x from 380 to 440, y from 280 to 320
-                              rf"\b(?:at|near|around|about|roughly|approximately) {NUMBER} ?, ?{NUMBER}(?![0-9%]|\.[0-9]| ?, ?[0-9])"]), re.I)  # near 412, 300
+                              rf"\b(?:at|near|around|about|roughly|approximately) {NUMBER} ?, ?{NUMBER}(?![0-9%]|\.[0-9]| ?, ?[0-9])"]))  # near 412, 300
 
 class Place(NamedTuple):
     "A place in numbers, as the text writes it: still in the student's frame."
@@ -86,7 +87,7 @@ class Place(NamedTuple):
     end: int
 
 def places(
-    thought: str,  # white space in single blanks
+    thought: str,  # in lower case and single blanks
 ) -> list:
     "Every Place that a thought gives in numbers, in reading order; of a box or of two ranges the middle."
     found = []
@@ -100,8 +101,8 @@ def places(
     return found
 
 # %% ../nbs/05b_filters.ipynb #45c3fec6
-WORDS = re.compile(r"[A-Za-z]+(?:[-'’][A-Za-z]+)*|[0-9]+(?:\.[0-9]+)?|[^\w\s]")
-STOP = re.compile(r"[.!?;:](?=\s|$)|—|–|\b(?:while|whereas|but|although|though|because|so|since|then|however|unlike|compared)\b", re.I)
+WORDS = re.compile(r"[a-z]+(?:[-'’][a-z]+)*|[0-9]+(?:\.[0-9]+)?|[^\w\s]")
+STOP = re.compile(r"[.!?;:](?=\s|$)|—|–|\b(?:while|whereas|but|although|though|because|so|since|then|however|unlike|compared)\b")
 ARTICLES = set("the a an this that these those another each both every either all no some its their".split())
 NUMBERS = {w: k for k, w in enumerate("no one two three four five six seven eight nine ten eleven twelve".split())} | {"single": 1, "sole": 1, "only": 1}
 BEFORE = set("of in at on to from by with near beside above below under over between behind along past than inside within around across toward towards against next".split())
@@ -121,7 +122,9 @@ PAINT, HUES = {*COLOURS, *OTHER_COLOURS, *TONES}, {*COLOURS, *OTHER_COLOURS}
 ALIKE = ["ship boat vessel", "vehicle car automobile", "plane airplane aeroplane aircraft jet airliner", "building house", "roundabout rotary", "helipad pad", "bridge overpass viaduct"]
 
 # %% ../nbs/05b_filters.ipynb #5519c059
+@lru_cache(10000)
 def singular(word):
+    "A noun without its plural s."
     if len(word) > 4 and word.endswith("ies"): return word[:-3] + "y"
     if word.endswith(("sses", "xes", "ches", "shes", "buses")): return word[:-2]
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
@@ -174,7 +177,7 @@ def gather(words, i, kinds):
         word = words[j]
         if not word[0].isalpha() or word in HALT or (solid and word in SIDES) or (phrase and word in ARTICLES): break
         phrase.append(word); j += 1
-        solid = not (word in CHOICE or word in NUMBERS or word in PAINT)
+        solid = word not in CHOICE and word not in NUMBERS and word not in PAINT or word.endswith(("est", "most"))
         if singular(word) in kinds and not (j < len(words) and (singular(words[j]) in kinds or singular(words[j]) in NOUNS)): break
     return phrase, j
 
@@ -190,7 +193,7 @@ def kind_of(words, kinds):
 
 def nouns_in(thought, kinds):
     "(Nouns in reading order, where the sentences end)."
-    found = [(m[0].lower(), *m.span()) for m in WORDS.finditer(thought)]
+    found = [(m[0], *m.span()) for m in WORDS.finditer(thought)]
     words, stops, nouns, i, sentence = [w for w, *_ in found], [m.start() for m in STOP.finditer(thought)] + [len(thought) + 1], [], 0, 0
     while i < len(words):
         word, start, end = found[i]
@@ -203,6 +206,7 @@ def nouns_in(thought, kinds):
         elif word in ARTICLES or word in NUMBERS or (word.isdigit() and after.isalpha()) or singular(word) in kinds:
             phrase, j = gather(words, i + word.isdigit(), kinds)
             if phrase in ([], [word]) and word in ("another", "one", "both", "each"): phrase, j = [word, "one"], i + 1
+            if phrase and (phrase[-1] in CHOICE - SIDES or phrase[-1] in PAINT): phrase.append("one")
             kind = kind_of(phrase, kinds) if phrase else None
             if kind is not None: nouns.append(Noun(start, found[j - 1][2], sentence, (word, *phrase) if phrase[0] != word else tuple(phrase), kind, free))
             i = max(i, j - 1)
@@ -231,23 +235,28 @@ class Reading(NamedTuple):
     refers: list  # of `stand_ins`
     stops: list   # where sentences end
     spots: dict   # index of a noun -> (x, y) that the text gives for it, original pixels
+    where: list   # of `positions`
+
+def is_plural(noun): return singular(noun.words[-1]) != noun.words[-1]
 
 def owner(read, start, end):
     "Index of the noun that the words between two places of the text say something about: the nearest before, or the subject if a verb stands between; else the first after; None if the sentence has none."
     i, sentence = bisect(read.nouns, start, key=lambda n: n.start), bisect_left(read.stops, start)
-    before = [k for k in range(max(0, i - 12), i) if read.nouns[k].sentence == sentence and read.nouns[k].words[1:] != ("it",) and read.nouns[k].words[0] != "to"]  # not "left of it" or "to its left"
-    if not before: return i if i < len(read.nouns) and read.nouns[i].sentence == sentence else None
+    here = [k for k in range(max(0, i - 12), min(i + 4, len(read.nouns))) if read.nouns[k].sentence == sentence and read.nouns[k].words[1:] != ("it",) and read.nouns[k].words[0] != "to"]  # not "left of it", "to its left"
+    before = [k for k in here if k < i]
+    if not before: return here[0] if here else None
     near = read.nouns[before[-1]]
-    if near.end > start or VERBS.isdisjoint(re.findall("[a-z]+", read.text[near.end:start].lower())): return before[-1]
+    if near.end > start or VERBS.isdisjoint(re.findall("[a-z]+", read.text[near.end:start])): return before[-1]
     return next((k for k in reversed(before) if read.nouns[k].free), before[-1])
 
 def read_thought(thought, known, found, codec):
     "The Reading of a thought; `found` are its `places`."
     nouns, stops = nouns_in(thought, known.kinds)
-    read = Reading(thought, nouns, stand_ins(nouns), stops, {})
+    read = Reading(thought, nouns, stand_ins(nouns), stops, {}, positions(thought))
     for p in found:
         k = owner(read, p.start, p.end)
-        if k is not None and read.refers[k] is not None: read.spots.setdefault(read.refers[k], codec.decode((p.x, p.y) * 2, known.row["width"], known.row["height"])[:2])
+        k = None if k is None else read.refers[k]
+        if k is not None and not is_plural(nouns[k]): read.spots.setdefault(k, codec.decode((p.x, p.y) * 2, known.row["width"], known.row["height"])[:2])
     return read
 
 # %% ../nbs/05b_filters.ipynb #e929ed68
@@ -271,17 +280,21 @@ def boxes_of(k, read, known):
     noun, spot, objects = read.nouns[k], read.spots.get(k), known.row.get("objects")
     if is_target(noun, spot, known): return [known.row["box"]]
     if objects is None or not noun.kind: return None
+    fits = things_named(noun, known)
+    return [b for b in fits if spot is not None and near(b, spot, 0.25)] or fits
+
+def things_named(noun, known):
+    "Boxes of the objects of a noun's kind and, if a colour is among its words, of that colour."
     kind, colours = known.own if noun.kind == "target" else noun.kind, PAINT.intersection(noun.words)
-    fits = [o for o in objects if plain(o["category"]) == kind]
-    if colours and (any(o["colour"] in colours for o in fits) or (colours <= HUES and all(o["colour"] in HUES for o in fits))): fits = [o for o in fits if o["colour"] in colours]
-    here = [o for o in fits if spot is not None and near(o["box"], spot, 0.25)]
-    return [o["box"] for o in here or fits]
+    fits = [o for o in known.row["objects"] if plain(o["category"]) == kind]
+    sure = colours and (any(o["colour"] in colours for o in fits) or (colours <= HUES and all(o["colour"] in HUES for o in fits)))
+    return [o["box"] for o in fits if not sure or o["colour"] in colours]
 
 # %% ../nbs/05b_filters.ipynb #282bebec
 SLACK = 0.1  # share of a side by which a claim must fail
-NEGATED = re.compile(r"(?:\b(?:not|n't|never|rather than|instead of|than|nothing|none|further|farther|more|closer|nearer|closest|nearest|furthest|farthest|from|facing|pointing|points|heading|moving)\b(?: \w+){0,3}|\b(?:its|their)) ?$", re.I)
-OF_A_THING = re.compile(r"(?: (?:side|part|end|edge|corner|half|portion|section))? of (?:(?:the|a|an|this|that) (?!(?:whole |entire )?(?:image|picture|photo|scene|frame|view|map|tile))|(?:its|it|them)\b)", re.I)
-NOTHING = re.compile(r"\b(?:nothing|no|not|none|empty|neither|too)\b", re.I)
+NEGATED = re.compile(r"(?:\b(?:not|n't|never|rather than|instead of|than|nothing|none|further|farther|more|closer|nearer|closest|nearest|furthest|farthest|from|facing|pointing|points|heading|moving)\b(?: \w+){0,3}|\b(?:its|their)) ?$")
+OF_A_THING = re.compile(r"(?: (?:side|part|end|edge|corner|half|portion|section))? of (?:(?:the|a|an|this|that) (?!(?:whole |entire )?(?:image|picture|photo|scene|frame|view|map|tile))|(?:its|it|them)\b)")
+NOTHING = re.compile(r"\b(?:nothing|no|not|none|empty|neither|too)\b")
 
 def negated(read, start): return NEGATED.search(read.text, max(0, start - 40), start) is not None
 
@@ -292,8 +305,9 @@ def sentence_of(read, start):
 
 def position_faults(read, known):
     "Contradictions in positions in the image, of the target or of objects that the row knows. What the expression itself says is not held against the chain."
-    said, faults, last = {p for p, *_ in positions(known.row["expression"])}, [], None
-    for position, start, end in positions(read.text):
+    faults, last = [], None
+    said = {p for p, *_ in positions(known.row["expression"])} if read.where else ()
+    for position, start, end in read.where:
         if position in said or negated(read, start) or OF_A_THING.match(read.text, end): continue
         k = owner(read, start, end)
         boxes = [known.row["box"]] if k is None else boxes_of(k, read, known)
@@ -311,7 +325,7 @@ def thing(k, read, known):
     return f"{words}, which is at the {region(boxes[0], known.row['width'], known.row['height'])}" if len(boxes) == 1 else words
 
 # %% ../nbs/05b_filters.ipynb #e1be7636
-RELATION = re.compile(r"\b(?:(upper|lower|top|bottom)[- ])?(left|right)(?:[- ]hand)?(?: side)? of (?=\w)|\b(above|below|beneath) (?=\w)|\bto (?:its|their) (?:(upper|lower) )?(left|right)\b", re.I)
+RELATION = re.compile(r"\b(?:(upper|lower|top|bottom)[- ])?(left|right)(?:[- ]hand)?(?: side)? of (?=\w)|\b(above|below|beneath) (?=\w)|\bto (?:its|their) (?:(upper|lower) )?(left|right)\b")
 AXES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "upper": (1, -1), "top": (1, -1), "below": (1, 1), "beneath": (1, 1), "lower": (1, 1), "bottom": (1, 1)}
 
 def relation_faults(read, known):
@@ -319,7 +333,7 @@ def relation_faults(read, known):
     faults, starts = [], {n.start: k for k, n in enumerate(read.nouns)}
     said = {(r.kind, a.target.split()[-1]) for r in known.phrase.relations for a in r.anchors if a.target}
     for m in RELATION.finditer(read.text) if known.row.get("objects") is not None else ():
-        words = [w.lower() for w in m.groups() if w]
+        words = [w for w in m.groups() if w]
         anchor = starts.get(m.end(), starts.get(m.start() + 3))
         if anchor is None or negated(read, m.start()) or (" ".join(words), read.nouns[anchor].words[-1]) in said: continue
         k = owner(read, m.start(), m.end())
@@ -335,23 +349,30 @@ def stands(words, a, b, known):
     return all(sign * (a[axis] + a[axis + 2] - b[axis] - b[axis + 2]) / 2 >= -SLACK / 2 * size[axis] for axis, sign in (AXES[w] for w in words))
 
 # %% ../nbs/05b_filters.ipynb #b1be88a6
-EXACT = re.compile(r"\b(?:there(?:'s| is| are)|i (?:can )?(?:see|count|find|spot|notice)|(?:image|scene|picture|photo|view) (?:shows|contains|has|holds)|exactly|only|just|a total of|in total)(?: only| exactly| just)? $", re.I)
-PLAIN_END = re.compile(r" ?(?:(?:in|on|within|across) (?:the|this) (?:whole |entire )?(?:image|scene|picture|photo|frame|view)|here|in total|altogether|in all|visible|in view)* ?(?:$|[.,;:!?(]| and )", re.I)
+EXACT = re.compile(r"\b(?:there(?:'s| is| are)|i (?:can )?(?:see|count|find|spot|notice)|(?:image|scene|picture|photo|view) (?:shows|contains|has|holds)|exactly|only|just|a total of|in total)(?: only| exactly| just)? $")
+PLAIN_END = re.compile(r" ?(?:(?:in|on|within|across) (?:the|this) (?:whole |entire )?(?:image|scene|picture|photo|frame|view)|here|in total|altogether|in all|visible|in view)* ?(?:$|[.,;:!?(]| and )")
+
+def place_faults(read, found, known, codec):
+    "Contradictions in rough places, in numbers, of things that the row knows."
+    faults = []
+    for p in found if known.row.get("objects") is not None else ():
+        k = owner(read, p.start, p.end)
+        k = None if k is None else read.refers[k]
+        if k is None or read.nouns[k].kind in ("", "target", "it", "which"): continue
+        spot = codec.decode((p.x, p.y) * 2, known.row["width"], known.row["height"])[:2]
+        if not any(near(b, spot, 0.5) for b in things_named(read.nouns[k], known)): faults.append(Fault("contradiction", f"puts {read.text[read.nouns[k].start:read.nouns[k].end]!r} at {read.text[p.start:p.end]}: there is none"))
+    return faults
 
 def count_faults(read, known):
-    "Contradictions in numbers of things and in rough places of other things, where the row knows all objects."
-    faults, objects = [], known.row.get("objects")
-    for k, n in enumerate(read.nouns) if objects is not None else ():
-        numbers = [NUMBERS.get(w, int(w) if w.isdigit() and len(w) < 4 else None) for w in n.words[:2]]
-        boxes = boxes_of(k, read, known) if n.kind not in ("it", "which", "target", "") else None
-        if boxes is None: continue
-        text, spot = read.text[n.start:n.end], read.spots.get(k)
-        if spot is not None and not any(near(b, spot, 0.5) for b in boxes): faults.append(Fault("contradiction", f"puts {text!r} where there is none"))
-        number = next((v for v in numbers if v is not None), None)
-        total = boxes if not is_target(n, spot, known) else [o for o in objects if plain(o["category"]) == n.kind and not (PAINT.intersection(n.words) - {o["colour"]})]
-        if number is None or "one" in n.words[:1] and not EXACT.search(read.text[max(0, n.start - 40):n.start]) or CHOICE & {*n.words} or known.said & {"only", "single", "sole"} & {*n.words}: continue
-        all_of_them = (EXACT.search(read.text[max(0, n.start - 40):n.start]) or {"only", "single", "sole"} & {*n.words}) and PLAIN_END.match(read.text, n.end) and not positions(sentence_of(read, n.start))
-        if number > len(total) or (all_of_them and number != len(total)): faults.append(Fault("contradiction", f"counts {text!r}, there are {len(total)}"))
+    "Contradictions in numbers of things, where the row knows all objects. A number with a condition ('two ships at the top') may be lower than that of all."
+    faults = []
+    for n in read.nouns if known.row.get("objects") is not None else ():
+        number = next((v for v in (NUMBERS.get(w, int(w) if w.isdigit() and len(w) < 4 else None) for w in n.words[:2]) if v is not None), None)
+        if number is None or n.kind in ("", "target", "it", "which") or not CHOICE.isdisjoint(n.words): continue
+        exact = EXACT.search(read.text, max(0, n.start - 40), n.start) or {"only", "single", "sole"}.intersection(n.words)
+        if n.words[0] == "one" and not exact or (known.said & {"only", "single", "sole"}).intersection(n.words): continue
+        total, alone = len(things_named(n, known)), PLAIN_END.match(read.text, n.end) and not any(bisect_left(read.stops, at) == n.sentence for _, at, _ in read.where)
+        if number > total or (exact and alone and number != total): faults.append(Fault("contradiction", f"counts {read.text[n.start:n.end]!r}, there are {total}"))
     return faults
 
 # %% ../nbs/05b_filters.ipynb #8491265a
@@ -388,23 +409,23 @@ def box_faults(written, row, codec, lowest_iou):
     return [*bad, Fault("wrong_box", f"IoU {overlap:.2f}")]
 
 MORE_NAMES = {"vehicle": "car truck van bus minibus lorry automobile", "ship": "boat vessel ferry yacht barge freighter", "plane": "airplane aircraft jet airliner", "tank": "silo"}
-IN_NUMBERS = re.compile(r"\b[xy]\b ?[=≈:]? ?[0-9]|[0-9] ?(?:px|pixels)\b", re.I)
+IN_NUMBERS = re.compile(r"\b[xy]\b ?[=≈:]? ?[0-9]|[0-9] ?(?:px|pixels)\b")
 
-def step_faults(thought, found, known):
+def step_faults(read, found, known):
     "Faults missing_step: the target is not named, no place in words (the expression's own order and relation words do not count), none in numbers."
-    missing, words = [], {singular(w) for w in re.findall(r"[a-z]+", thought.lower())}
+    missing, words = [], {singular(w) for w in re.findall("[a-z]+", read.text)}
     names = {noun for noun, kinds in known.kinds.items() if known.own in kinds} | {w for name in (known.own, known.phrase.target) for w in MORE_NAMES.get(name, "").split()}
     if names and not any(w == n or w.endswith(n) for w in words for n in names if len(n) > 2): missing.append(f"the target ({known.own}) is not named")
-    if not positions(thought) and place_words(thought) <= place_words(known.row["expression"]): missing.append("no place in words")
-    if not found and not IN_NUMBERS.search(thought): missing.append("no place in numbers")
+    if not read.where and place_words(read.text) <= place_words(known.row["expression"]): missing.append("no place in words")
+    if not found and not IN_NUMBERS.search(read.text): missing.append("no place in numbers")
     return [Fault("missing_step", ", ".join(missing))] if missing else []
 
-WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|between|near(?:est)?|next to|beside|closest|furthest|north|south|east|west|(?:left|right|top|bottom|upper)most|(?:first|second|third|fourth) from)\b", re.I)
+WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|between|near(?:est)?|next to|beside|closest|furthest|north|south|east|west|(?:left|right|top|bottom|upper)most|(?:first|second|third|fourth) from)\b")
 
-def place_words(text): return len(WHERE.findall(text))
+def place_words(text): return len(WHERE.findall(text.lower()))
 
 # %% ../nbs/05b_filters.ipynb #fbcee869
-REJECTED = re.compile(r"\b(?:not|n't|rather than|instead of|further|farther|exclud\w*|rul(?:e|ed|es|ing) out|discard\w*|reject\w*|other|another|too (?:far|small|large|big|high|low)|whereas|neither|wrong)\b", re.I)
+REJECTED = re.compile(r"\b(?:not|n't|rather than|instead of|further|farther|exclud\w*|rul(?:e|ed|es|ing) out|discard\w*|reject\w*|other|another|too (?:far|small|large|big|high|low)|whereas|neither|wrong)\b")
 
 def elsewhere_faults(read, found, written, known):
     "Fault elsewhere: the last place in numbers that is not given for an anchor or in a sentence that rejects something is not in the answered box."
@@ -422,21 +443,21 @@ GIVEN = r"(?:given|provided|supplied|reference|gold(?:en|[- ]standard)?|true|act
 LEAKS = re.compile("|".join([
     r"\bground[- ]?truths?\b", r"\bannotat(?:ed|ions?|ors?|es?)\b", r"\bgt (?:box|bbox)\b",
     rf"\b(?:given|provided|supplied|reference|gold(?:en|[- ]standard)?|true|known|specified|stated|listed|pre-?defined|labell?ed|expected|official|aforementioned|prompted)(?: (?:true|bounding|final|target|correct|reference|pixel|image))* {THE_BOX}\b",
-    rf"\b{THE_BOX}(?: (?:that|which))?(?: (?:I|we|you|they)(?:'ve|'m)?)?(?: (?:is|are|was|were|am|been|have|has|had|already|has been))* (?:given|gave|provided|supplied|handed|told|specified|shown|known|listed|disclosed|attached)\b(?! by (?:its|the|these|this|those) (?!user|prompt|annot|label|data|task|system))",
+    rf"\b{THE_BOX}(?: (?:that|which))?(?: (?:i|we|you|they)(?:'ve|'m)?)?(?: (?:is|are|was|were|am|been|have|has|had|already|has been))* (?:given|gave|provided|supplied|handed|told|specified|shown|known|listed|disclosed|attached)\b(?! by (?:its|the|these|this|those) (?!user|prompt|annot|label|data|task|system))",
     r"\b(?:as|than) (?:annotated|labell?ed|provided|instructed|supplied|told)\b", r"\bas (?:given|specified|stated)\b(?! (?:in|by) the (?:sent|desc|expr|text|quer|phrase|capt|words))",
     r"\b(?:according to|based on|matches|matching|match|fits|agrees? with|consistent with|confirmed by|confirms|per|from|trust|following|follow) (?:the|this|that|my|your|its|these|those) (?:box |dataset |image )?(?:labels?|metadata|dataset|instructions?|hints?|answer key|record|prompt)\b(?! (?:of|on|painted|written)\b)",
     r"\b(?:labels?|metadata|dataset|answer key|hint|instructions?|system message) (?:says?|gives?|shows?|tells?|indicates?|states?|puts?|places?|marks?|lists?|asks?|requires?|confirms?|provides?|specif(?:y|ies))\b",
-    r"\b(?:I|we) (?:was|were|am|are|have been|had been|got) (?:already |also )?(?:told|given|provided with|handed|supplied with|shown|instructed|fed)\b(?! (?:an? |the |this )?(?:\w+ ){0,2}(?:image|picture|photo|scene|sentence|description|expression|quer|phrase|to (?:find|locate|look|search|box)))",
+    r"\b(?:i|we) (?:was|were|am|are|have been|had been|got) (?:already |also )?(?:told|given|provided with|handed|supplied with|shown|instructed|fed)\b(?! (?:an? |the |this )?(?:\w+ ){0,2}(?:image|picture|photo|scene|sentence|description|expression|quer|phrase|to (?:find|locate|look|search|box)))",
     r"\b(?:told|informed|handed|gave|given|shown|supplied|provided) (?:to )?(?:me|us)\b(?! (?:to (?:find|locate|look|search)|an? (?:image|picture)|the (?:image|picture|sentence|description|expression)))",
     rf"\b(?:you|user|prompt|task|question|input|message) (?:have |has |had |already |just )*(?:gave|gives?|given|provided?s?|supplie[sd]|supply|specifie[sd]|lists?|listed|told|tells|contains?|includes?|states?|mentions?)\b[^.]{{0,20}}\b{THE_BOX}\b",
     rf"\b{THE_BOX}\b[^.,;]{{0,25}}\b(?:in|from|of|by|with) (?:the|your|my|this|these) (?:prompt|instructions?|question|input|metadata|message|task|dataset|system|request|user)\b",
     r"\b(?:since|because|knowing|given|as|seeing) (?:that )?(?:the )?(?:correct |final |true |right )?(?:answer|solution) (?:is|was|must be|has to be)\b(?! (?:a|an|one|only|asked|expected|to|just)\b)",
-    r"\b(?:already|beforehand|in advance)\b[^.,;]{0,15}\b(?:know|known|given|have) (?:the|where|that|what)\b", r"\b(?:I|we) already (?:know|have|had)\b", r"\b(?:know|known|given) (?:in advance|beforehand)\b",
-    rf"\b(?:since|because|as|given|knowing) (?:that )?(?:I|we) (?:already )?(?:know|have) (?:the |where |its )?(?:{THE_BOX}|it is|the target)",
+    r"\b(?:already|beforehand|in advance)\b[^.,;]{0,15}\b(?:know|known|given|have) (?:the|where|that|what)\b", r"\b(?:i|we) already (?:know|have|had)\b", r"\b(?:know|known|given) (?:in advance|beforehand)\b",
+    rf"\b(?:since|because|as|given|knowing) (?:that )?(?:i|we) (?:already )?(?:know|have) (?:the |where |its )?(?:{THE_BOX}|it is|the target)",
     r"\bwork(?:s|ed|ing)? back(?:wards?)? from\b", r"\breverse[- ]engineer\w*", rf"\bjustif(?:y|ies|ying) (?:the|this|that|why) (?:{GIVEN} )?{THE_BOX}?",
-    r"\b(?:must|should|may|can|will|shall|do|am|cannot)(?:n't| not)(?: to| supposed to| allowed to)? (?:mention|reveal|say|admit|disclose|betray)\b", r"\bwithout (?:mentioning|revealing|saying|admitting|disclosing)\b", r"\bpretend\w*", r"\bas if I\b",
-    r"\bthese instructions\b", r"\bmy instructions\b", r"\byour instructions\b", r"\bas an AI\b", r"\bsystem prompt\b", r"\bthe (?:teacher|student) model\b",
-]), re.I)
+    r"\b(?:must|should|may|can|will|shall|do|am|cannot)(?:n't| not)(?: to| supposed to| allowed to)? (?:mention|reveal|say|admit|disclose|betray)\b", r"\bwithout (?:mentioning|revealing|saying|admitting|disclosing)\b", r"\bpretend\w*", r"\bas if i\b",
+    r"\bthese instructions\b", r"\bmy instructions\b", r"\byour instructions\b", r"\bas an ai\b", r"\bsystem prompt\b", r"\bthe (?:teacher|student) model\b",
+]))
 
 def leak_faults(
     text: str,
@@ -456,7 +477,7 @@ def find_faults(
     thought, written, faults = take_apart(text)
     known, found = known_things(row), places(thought)
     read = read_thought(thought, known, found, codec)
-    if thought: faults += step_faults(thought, found, known) + leak_faults(thought)
+    if thought: faults += step_faults(read, found, known) + leak_faults(thought)
     if written: faults += box_faults(written, row, codec, lowest_iou) + elsewhere_faults(read, found, written, known)
-    if thought: faults += position_faults(read, known) + relation_faults(read, known) + count_faults(read, known)
+    if thought: faults += position_faults(read, known) + relation_faults(read, known) + place_faults(read, found, known, codec) + count_faults(read, known)
     return sorted(faults, key=lambda f: [*CODES].index(f.code))
