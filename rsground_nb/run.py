@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'whole_path', 'new_run',
-           'run_chapters', 'as_data_url', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser',
-           'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
-           'split_command', 'main']
+           'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser', 'parser',
+           'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
+           'split_command', 'student_of', 'cot_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
-import base64
-import io
 import json
 import os
 import platform
@@ -26,7 +24,7 @@ from pathlib import Path
 from .scale import get_scale
 
 # %% ../nbs/90_run.ipynb #9b348fb3
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "04_model", "05_cot", "06_sft", "07_rewards", "08_consistency", "09_grpo", "10_evaluate", "90_run"]
+CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "08_consistency", "09_grpo", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -128,13 +126,6 @@ def run_chapters(
     write_report(run, out / "report.html")
 
 # %% ../nbs/90_run.ipynb #5eae7da1
-def as_data_url(picture):
-    "A PIL image or a matplotlib figure as a data URL."
-    buffer = io.BytesIO()
-    if hasattr(picture, "savefig"): picture.savefig(buffer, format="png", dpi=80)
-    else: picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
 def curves(log, columns, ylabel):
     "A figure of some columns of a training log over the steps."
     from matplotlib.figure import Figure
@@ -153,6 +144,7 @@ def gallery(out, data, scale, seed, count=12):
     from rsground_nb.boxes import draw_boxes, parse_completion
     from rsground_nb.data import held_out, load_data
     from rsground_nb.evaluate import read_predictions
+    from rsground_nb.synthesis import as_data_url
 
     splits, _ = load_data(data, get_scale(scale), seed)
     judged = held_out(splits)
@@ -182,6 +174,7 @@ def write_report(
     import jinja2
     import pandas as pd
     from rsground_nb.grpo import silent
+    from rsground_nb.synthesis import as_data_url
 
     out = Path(run["out"])
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string((files("rsground_nb") / "assets" / "report.html").read_text(encoding="utf-8"))
@@ -223,6 +216,23 @@ def parser():
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
+    cot = commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them")
+    cot.add_argument("--out", required=True, help="folder of the chains; the same command again goes on where it stopped")
+    cot.add_argument("--data", default="scenes", help='as for run; default "scenes"')
+    cot.add_argument("--split", default="train", help="default train")
+    cot.add_argument("--scale", default="smoke", help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
+    cot.add_argument("--seed", type=int, default=0, help="of the phrasings and of the samples on the page; default 0")
+    cot.add_argument("--limit", type=int, help="the first so many rows only")
+    cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate convention of chapter 01 such as qwen3_vl; default: the model of the scale')
+    cot.add_argument("--max-pixels", type=int, help="of the student's pictures; default: those of the scale")
+    cot.add_argument("--lowest-iou", type=float, default=0.5, help="of an answer with the true box; default 0.5")
+    cot.add_argument("--samples", type=int, default=12, help="of each verdict on the page; default 12")
+    cot.add_argument("--teacher", choices=("rule", "chat"), default="rule", help="rule (default): needs no model; chat: an OpenAI-compatible server")
+    cot.add_argument("--url", help="of the server, for instance http://localhost:8000/v1")
+    cot.add_argument("--model", help="its name on the server")
+    cot.add_argument("--key-env", default="OPENAI_API_KEY", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
+    cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
+    cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
     data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
     doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
@@ -345,6 +355,44 @@ def split_command(args):
     return 0
 
 # %% ../nbs/90_run.ipynb #df1b44e3
+def student_of(args):
+    "The codec that `--student`, `--max-pixels` and `--scale` mean. Raises ValueError if no such model can be read."
+    from rsground_nb.boxes import NOTATION, Codec
+    from rsground_nb.model import student_codec
+    size = get_scale(args.scale)
+    name, most = args.student or size.model, args.max_pixels or size.max_pixels
+    if name in NOTATION: return Codec(name, max_pixels=most)
+    try: return student_codec(name, most)
+    except OSError: raise ValueError(f"the student {name!r} cannot be read here: name a folder, or a coordinate convention ({', '.join(NOTATION)})") from None
+
+def cot_command(args):
+    "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
+    from rsground_nb.chat import Server
+    from rsground_nb.data import load_data
+    from rsground_nb.synthesis import count_verdicts, make_chains
+    try:
+        if args.teacher == "chat" and not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
+        if args.limit is not None and args.limit < 1: raise ValueError(f"--limit {args.limit}: at least 1")
+        if not 0 <= args.lowest_iou <= 1: raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
+        codec, server = student_of(args), Server(args.url, args.model, key_env=args.key_env, workers=args.workers) if args.teacher == "chat" else None
+        splits, _ = load_data(args.data, get_scale(args.scale), args.seed)
+        if args.split not in splits: raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
+        rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]), len(splits[args.split]))))
+        notes = dict(data=args.data, split=args.split, command=" ".join(["rsground", *sys.argv[1:]]), commit=commit(), versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget, args.samples, notes)
+    except (ValueError, OSError) as e:
+        print(f"rsground: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrsground: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    counts = count_verdicts(table)
+    print(f"{counts[counts.rows + counts.anywhere > 0].drop(columns='meaning').round(3).to_string()}\nkept and dropped chains: {args.out}/chains.jsonl; to look at them: {args.out}/audit.html")
+    silent = table.trouble[table.verdict == "no_reply"]
+    if len(silent): print(f"{len(silent)} rows have no chain, for instance: {silent.iloc[0]}", file=sys.stderr)
+    return int(len(silent) > 0)
+
+# %% ../nbs/90_run.ipynb #cd93b51b
 def main(
     argv=None,  # list of words; default: the command line
 ) -> int:
@@ -352,6 +400,7 @@ def main(
     args = parser().parse_args(argv)
     if args.command == "run": return run_command(args)
     if args.command == "evaluate": return evaluate_command(args)
+    if args.command == "cot": return cot_command(args)
     if args.task == "split": return split_command(args)
     from rsground_nb.doctor import doctor
     return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)

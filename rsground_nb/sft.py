@@ -14,15 +14,15 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from .cot import synthesise
 from .data import load_data
 from .model import codec_of, fingerprint, load_vlm, lora_config
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
+from .synthesis import chain_stage, load_chains
 
 # %% ../nbs/06_sft.ipynb #47782cb3
 def sft_trainer(
     model, processor,
-    chains: Dataset,     # of `cot.synthesise`: prompt, image, completion
+    chains: Dataset,     # of `synthesis.load_chains`: prompt, image, completion
     scale: Scale,
     seed: int,
     out: str | Path,     # working folder of the trainer
@@ -63,9 +63,8 @@ def sft_stage(
     start(seed)
     splits, _ = load_data(data, size, seed)
     model, processor = load_vlm(size.model, size.max_pixels)
-    chains, counts = synthesise(splits["train"], codec_of(model.config.model_type, processor))
+    chains = load_chains(chain_stage(data, scale, seed, out), splits["train"], codec_of(model.config.model_type, processor))
     folder.mkdir(parents=True, exist_ok=True)
-    pd.Series(counts, name="chains").rename_axis("verdict").to_csv(folder / "chains.csv")
     trainer = sft_trainer(model, processor, chains, size, seed, folder / "trainer")
     before, began = {part: fingerprint(trainer.model, part == "lora") for part in ("base", "lora")}, time.time()
     trainer.train()
