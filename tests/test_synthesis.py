@@ -66,10 +66,12 @@ def test_the_table_comes_back_from_its_file(rows, mixed, tmp_path):
     assert read_table(tmp_path / "chains.jsonl").to_dict("records") == table.to_dict("records")
 
 
+LINE = '{"expression_id": "a", "expression": "the ship", "box": [1, 2, 3, 4], "completion": "", "verdict": "ok", "faults": []}'
+
+
 @pytest.mark.parametrize("text, message", [
-    ("{", "line 1: not JSON"), ('{"expression_id": "a", "completion": "", "verdict": "ok"}\n[1]', "line 2: expression_id, completion, verdict missing"),
-    ('{"expression_id": 3, "completion": "", "verdict": "ok"}', "line 1: expression_id missing or not text"),
-    ('{"expression_id": "a", "completion": "", "verdict": "ok"}\n' * 2, "'a' stands there more than once")])
+    ("{", "line 1: not JSON"), (LINE + "\n[1]", "line 2: expression_id, expression, box, completion, verdict, faults missing"), (LINE.replace('"a"', "3"), "line 1: expression_id missing or of the wrong kind"),
+    (LINE.replace("[1, 2, 3, 4]", "null"), "line 1: box missing"), (LINE + "\n" + LINE, "'a' stands there more than once")])
 def test_a_broken_file_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "chains.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message): read_table(tmp_path / "chains.jsonl")
@@ -84,6 +86,7 @@ def test_chains_are_loaded_for_the_same_rows_and_student_only(rows, tmp_path):
     with pytest.raises(ValueError, match="no line for 3 of 3 rows"): load_chains(tmp_path / "c", to_dataset(list(scene_records(3, 0, split="val"))), CODEC)
     moved = to_dataset([{**r, "box": [b + 1 for b in r["box"]]} for r in scene_records(3, 0)])
     with pytest.raises(ValueError, match="is not the one in the data"): load_chains(tmp_path / "c", moved, CODEC)
+    with pytest.raises(ValueError, match="not a finished folder of chains"): load_chains(tmp_path, rows, CODEC)
 
 
 def test_the_same_work_twice_is_the_same_and_other_work_is_refused(rows, tmp_path):
