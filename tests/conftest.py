@@ -11,6 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 
 
+def pytest_collection_modifyitems(items):
+    """Two processes share the tests: everything that looks at the smoke run in one group, which takes longest and begins; every other file in a group of its own."""
+    items.sort(key=lambda item: "smoke_run" not in item.fixturenames)
+    for item in items: item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """What is read from files is cached in a temporary folder, not in the home of whoever runs the tests."""
