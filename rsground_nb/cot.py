@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULE_VERSION', 'REACH', 'SIDES', 'LARGE', 'TEXTS', 'COUNTS', 'FIRST', 'RANKS', 'Draft', 'answer_of', 'centre',
-           'stands', 'cell_words', 'is_at', 'measures', 'in_order', 'speaker', 'plural', 'noun_of', 'full_name',
-           'name_of', 'anchor_words', 'cue_words', 'find_target', 'pick_of', 'find_anchor', 'tests_of', 'count_of',
-           'listed', 'start_of', 'pick_words', 'candidates', 'narrow', 'compare', 'look_at', 'think', 'write_chain',
-           'rule_drafts']
+           'stands', 'cell_words', 'ninth', 'is_at', 'measures', 'in_order', 'speaker', 'plural', 'noun_of',
+           'full_name', 'name_of', 'anchor_words', 'cue_words', 'find_target', 'pick_of', 'find_anchor', 'tests_of',
+           'count_of', 'listed', 'start_of', 'pick_words', 'candidates', 'narrow', 'compare', 'look_at', 'think',
+           'write_chain', 'rule_drafts']
 
 # %% ../nbs/05_cot.ipynb #0ebdf7e1
 import math
@@ -75,12 +75,14 @@ def stands(
 # %% ../nbs/05_cot.ipynb #d95819f8
 def cell_words(position): return position.replace("upper", "top").replace("lower", "bottom").replace("middle", "centre")
 
+def ninth(position): return re.sub(r"far |centre of the ", "", cell_words(position))
+
 def is_at(
     position: str,        # as in a Phrase
     box, width, height,   # original pixels
 ) -> bool | None:
     "Does the centre of the box lie there? None if two ways to look at it disagree."
-    here = set(cell_words(position).split()) <= set(region(box, width, height).split())
+    here = set(ninth(position).split()) <= set(region(box, width, height).split())
     return here if here == in_region(position, box, width, height) else None
 
 # %% ../nbs/05_cot.ipynb #986b086d
@@ -269,7 +271,7 @@ def look_at(phrase, row, noun, say):
     pick, _ = pick_of(phrase)
     if phrase.order and pick and SIDES.keys() >= set(pick.split()): said.append(say("count", start=start_of(pick)))
     if phrase.size and not phrase.order: said.append(say("size"))
-    if phrase.position and in_region(phrase.position, row["box"], row["width"], row["height"]): said.append(say("holds", noun=noun, words=f"at the {cell_words(phrase.position)}"))
+    if phrase.position and is_at(phrase.position, row["box"], row["width"], row["height"]): said.append(say("holds", noun=noun, words=f"at the {cell_words(phrase.position)}"))
     return said
 
 # %% ../nbs/05_cot.ipynb #06c1b506

@@ -207,7 +207,7 @@ def test_without_objects_nothing_is_said_of_other_objects(rows):
         sentences = re.findall(r"[^.?]+[.?](?: |$)", thought)
         assert len(re.findall(AT, thought)) == 1 and re.search(AT, sentences[-1])
         for sentence in sentences:
-            if re.match(r"(?:First I look|Cue|The cue|Its cue)|The sentence says|\"|As the sentence", sentence): continue
+            if "compare it with" in sentence or "compared with" in sentence or re.match(r"(?:First I look|Cue|The cue|Its cue)|The sentence says|\"|As the sentence", sentence): continue
             assert not CLAIM.search(sentence), sentence
 
 
