@@ -6,9 +6,10 @@
 __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUNS', 'PLURALS', 'LEXICON', 'KIND', 'FOLLOWING',
            'DETERMINERS', 'PREPOSITIONS', 'ADVERBS', 'SUPERLATIVES', 'PARTS', 'IMAGES', 'TOKEN', 'PAIRS', 'CELLS',
            'CUE_KINDS', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side', 'direction',
-           'Phrase', 'Relation', 'blank', 'finish', 'modifier', 'noun_phrase', 'anchors', 'relate', 'kind_of', 'place',
-           'put_order', 'group', 'relation', 'again', 'late', 'tail', 'read', 'parse_expression', 'cues', 'region',
-           'in_region', 'unknown_position', 'follows', 'absolute', 'positions']
+           'Phrase', 'Relation', 'blank', 'finish', 'read_modifier', 'read_noun', 'read_anchors', 'add_relation',
+           'kind_of', 'read_place', 'add_order', 'read_group', 'read_relation', 'read_again', 'read_late', 'read_tail',
+           'read_text', 'parse_expression', 'cues', 'region', 'in_region', 'unknown_position', 'follows', 'absolute',
+           'positions']
 
 # %% ../nbs/03c_grammar.ipynb #a4a2d9fc
 import re
@@ -18,40 +19,47 @@ from types import SimpleNamespace
 from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, cell_name
 
 # %% ../nbs/03c_grammar.ipynb #79c95e45
-SIDES = {"left": "left", "right": "right", "top": "top", "upper": "top", "bottom": "bottom", "lower": "bottom", **dict.fromkeys(("middle", "centre", "center", "central", "mid"), "middle"),
-         "north": "top", "northern": "top", "south": "bottom", "southern": "bottom", "west": "left", "western": "left", "east": "right", "eastern": "right"}  # north is up
+SIDES = {word: side for side, words in {"left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
+                                        "middle": "middle centre center central mid"}.items() for word in words.split()}  # north is up
 CORNERS = {"northwest": "upper left", "northeast": "upper right", "southwest": "lower left", "southeast": "lower right"}
 ENDS = {f"{word}most": side for word, side in SIDES.items() if side != "middle"}
-NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)} | {"several": 3}  # several: at least three
-ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)} | {"1st": 1, "2nd": 2, "3rd": 3, "4th": 4, "last": -1}
-RELATIONS = {"above": "above", "over": "above", "below": "below", "under": "below", "underneath": "below", "beneath": "below", "near": "near", "nearby": "near", "beside": "near", "next to": "near",
-             "close to": "near", "closer to": "near", "adjacent to": "near", "nearest to": "near", "closest to": "near", "alongside": "near", "between": "between",
-             **dict.fromkeys(("surrounded by", "in front of", "opposite", "behind", "along", "around", "inside", "within", "across", "far from", "away from", "furthest from", "farthest from", "connected to", "attached to", "parallel to", "facing", "in", "on", "at", "with",
-                              "by", "of"), "")}  # words -> kind; "" where no direction follows from the words
+NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)}
+ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)} | {"1st": 1, "2nd": 2, "3rd": 3, "last": -1}
+RELATIONS = {words: kind for kind, several in {  # kind "" where the words give no direction
+    "above": "above, over", "below": "below, under, underneath, beneath", "between": "between",
+    "near": "near, nearby, beside, alongside, next to, close to, closer to, adjacent to, nearest to, closest to",
+    "": "surrounded by, in front of, opposite, behind, along, around, inside, within, across, far from, away from, furthest from, farthest from, "
+        "connected to, attached to, parallel to, facing, in, on, at, with, by, of"}.items() for words in several.split(", ")}
 
 # %% ../nbs/03c_grammar.ipynb #956c69a5
-NOUNS = {*" ".join(SHAPES).split(), *"""aeroplane airplane aircraft airfield airliner airport apron area arena barge baseball basketball bay beach block boat body bridge building bus bush canal car cargo chimney church circle city coast
-    colour color container corridor court crane cropland crown dam diamond dock expressway facility factory farm farmland fence ferry field football forest freeway garden gas golf grass grassland ground group
-    grove gym gymnasium hall hangar harbor harbour helicopter helipad highway hill hospital hotel house intersection island jet jetty junction lake land lane lawn line lot minibus motorcycle motorway mountain
-    object ocean oil overpass pad pair panel parking park path pavement person pier pitch plane plant playground plaza pole pond pool port power quay rail railway rank reservoir ring river road roof roundabout row
-    column runway sand school sea service ship shore sidewalk slide soccer soil solar sport stadium station storage stream street structure swimming tank tennis tent terminal toll tower town track trailer train tree
-    truck tunnel turbine van vegetation vehicle vessel viaduct village villa vineyard volleyball wall warehouse water waterway wharf wind windmill woods yacht yard""".split()}
+NOUNS = {*" ".join(SHAPES).split(), *"""
+    aeroplane aircraft airfield airliner airplane airport apron area arena barge baseball basketball bay beach block boat body bridge building bus bush canal car
+    cargo chimney church circle city coast color colour column container corridor court crane cropland crown dam diamond dock expressway facility factory farm
+    farmland fence ferry field football forest freeway garden gas golf grass grassland ground group grove gym gymnasium hall hangar harbor harbour helicopter helipad
+    highway hill hospital hotel house intersection island jet jetty junction lake land lane lawn line lot minibus motorcycle motorway mountain object ocean oil
+    overpass pad pair panel park parking path pavement person pier pitch plane plant playground plaza pole pond pool port power quay rail railway rank reservoir ring
+    river road roof roundabout row runway sand school sea service ship shore sidewalk slide soccer soil solar sport stadium station storage stream street structure
+    swimming tank tennis tent terminal toll tower town track trailer train tree truck tunnel turbine van vegetation vehicle vessel viaduct villa village vineyard
+    volleyball wall warehouse water waterway wharf wind windmill woods yacht yard""".split()}
 PLURALS = {form: noun for noun in NOUNS for form in (noun + "s", noun + "es", noun[:-1] + "ies" if noun.endswith("y") else noun) if form not in NOUNS}
 LEXICON = {  # kind -> words; a word is of the first kind that lists it
-    "noun": " ".join([*NOUNS, *PLURALS]),
-    "colour": f"gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful {' '.join([*COLOURS, *OTHER_COLOURS, *TONES])}",
-    "size": "large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium medium-sized wide widest narrow",
-    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored moving empty full dense bare concrete
-        asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential industrial commercial connected""",
+    "noun": " ".join(sorted([*NOUNS, *PLURALS])),
+    "colour": " ".join(["gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful", *COLOURS, *OTHER_COLOURS, *TONES]),
+    "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium medium-sized
+        wide widest narrow""",
+    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored moving
+        empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential industrial
+        commercial connected""",
     "number": " ".join(NUMBERS), "ordinal": " ".join(ORDINALS), "end": " ".join(ENDS), "side": " ".join([*SIDES, *CORNERS, "far", "extreme"]),
-    "superlative": "nearest closest furthest farthest", "determiner": "a an the some another other this these those any all each its their",
-    "preposition": "in on at to towards toward from near", "relation": " ".join(words.split()[0] for words in RELATIONS), "adverb": "immediately directly just exactly slightly very",
-    "part": "part side hand corner edge border region portion half section area end quarter quadrant margin zone cell position third ninth", "image": "image picture scene photo photograph frame map view",
-    "link": "of also it they that which is are was were be being and but located situated lying lies lie stands standing positioned placed found there",
+    "superlative": "nearest closest furthest farthest", "determiner": "a an the some several both another other this these those any all each its their",
+    "preposition": "in on at to towards toward from near", "relation": " ".join(words.split()[0] for words in RELATIONS),
+    "adverb": "immediately directly just exactly slightly very", "image": "image picture scene photo photograph frame map view",
+    "part": "part side hand corner edge border region portion half section area end quarter quadrant margin zone cell third ninth",
+    "link": "of also it they that which is are was were be being and but located situated lying lies lie stands standing positioned placed found there position",
     "request": "find search locate show detect identify segment where please for me can you help i want give",
 }
 KIND = {word: kind for kind, words in reversed(LEXICON.items()) for word in words.split()} | {"": "end of text", ",": "link"}
-FOLLOWING = {*"we i he she where because so while as has have had contains holds shows appears sits or not no if then here fits matches corresponds however when since whose than into".split()}
+FOLLOWING = {*"we i he she where because so while as has have contains holds shows appears sits or not no if then here fits matches however when since whose than".split()}
 DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = ({*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
 
 # %% ../nbs/03c_grammar.ipynb #c0320f24
@@ -69,7 +77,7 @@ def split_words(text):
 PAIRS = {pair: f"{'upper' if v == 'top' else 'lower'} {h}" for v in ("top", "bottom") for h in ("left", "right") for pair in ((v, h), (h, v))}
 PAIRS |= {pair: f"centre of the {s}" for s in ("left", "right", "top", "bottom") for pair in (("middle", s), (s, "middle"))}
 
-CELLS = {"top left": "upper left", "top right": "upper right", "bottom left": "lower left", "bottom right": "lower right", "centre": "middle"}  # names of chapter 02 that differ from ours
+CELLS = {"top left": "upper left", "top right": "upper right", "bottom left": "lower left", "bottom right": "lower right", "centre": "middle"}  # as chapter 02 calls them
 
 def skip(words, i, some, most=4):
     "The place after up to `most` of some words."
@@ -104,7 +112,7 @@ class Phrase:
     number: int = 1         # "three adjacent tennis courts": 3
     attributes: tuple = ()  # colours and other adjectives in order
     position: str = ""      # absolute, a key of REGIONS
-    order: tuple = ()       # of (k, side): third from the left (3, "left"), leftmost (1, "left"), nearest to the top left corner (1, "upper left"); last is -1, no side ""
+    order: tuple = ()       # of (k, side): leftmost (1, "left"), third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
     size: str = ""          # as written: "largest", "second largest"
     relations: tuple = ()   # of Relation
     unknown: tuple = ()     # words
@@ -119,14 +127,18 @@ class Relation:
     @property
     def anchor(self): return self.anchors[0]
 
-def blank(marks, depth=0): return SimpleNamespace(target="", number=1, attributes=[], position="", order=[], size="", relations=[], unknown=[], best="", marks=marks, depth=depth)
+def blank(marks, depth=0):
+    "A phrase in the making; `best` is a 'nearest' that waits for its 'to', `marks` are shared with the anchors."
+    return SimpleNamespace(target="", number=1, attributes=[], position="", order=[], size="", relations=[], unknown=[], best="", marks=marks, depth=depth)
 
-def finish(text, said): return Phrase(text, said.target, said.number, tuple(said.attributes), said.position, tuple(said.order), said.size, tuple(said.relations), tuple(said.unknown))
+def finish(text, said):
+    unknown = said.unknown + [said.best] * bool(said.best)
+    return Phrase(text, said.target, said.number, tuple(said.attributes), said.position, tuple(said.order), said.size, tuple(said.relations), tuple(unknown))
 
 # %% ../nbs/03c_grammar.ipynb #54c5bce2
 CUE_KINDS = {"colour": "colour", "size": "size", "ordinal": "order", "end": "order", "side": "position"}
 
-def modifier(words, i, said):
+def read_modifier(words, i, said):
     "Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if there is none."
     word, kind, n = words[i], KIND.get(words[i]), i + 1
     if kind == "ordinal" and KIND.get(words[n]) == "size": word, kind, n = f"{word} {words[n]}", "size", n + 1
@@ -147,7 +159,7 @@ def modifier(words, i, said):
     if kind in CUE_KINDS: said.marks.append([i, CUE_KINDS[kind], " ".join(words[i:n])])
     return n
 
-def noun_phrase(words, i, said):
+def read_noun(words, i, said):
     "Read modifiers and a noun into `said`; the next place."
     run, known, picked = [], False, False
     while words[i]:
@@ -155,7 +167,7 @@ def noun_phrase(words, i, said):
         if kind == "noun" or (kind is None and not known): run.append(words[i]); known |= kind == "noun"; n = i + 1
         elif words[i] == "of" and not run and (said.order or KIND.get(words[i - 1]) == "number"): picked, n = True, i + 1  # 'the second of the three ships'
         elif words[i] == "and" and not run and said.attributes and KIND.get(words[i + 1]) == "colour": n = i + 1  # 'the gray and white harbor'
-        else: n = i if known and kind != "adjective" else modifier(words, i, said)
+        else: n = i if known and kind != "adjective" else read_modifier(words, i, said)
         if n == i: break
         i = n
     nouns = [w for w in run if KIND.get(w)] or run
@@ -165,127 +177,137 @@ def noun_phrase(words, i, said):
     return i
 
 # %% ../nbs/03c_grammar.ipynb #02223081
-def anchors(words, i, said):
+def read_anchors(words, i, said):
     "([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'."
     found, j = [], i
     while True:
         count, one = len(said.marks), blank(said.marks, said.depth + 1)
-        n = noun_phrase(words, j, one)
-        if not one.target or (found and words[n] in ("is", "are")):
+        n = read_noun(words, j, one)
+        if not one.target or (found and (words[n] in ("is", "are") or words[j] not in KIND)):
             del said.marks[count:]
             return found, i
-        if one.depth < 4 and words[n] not in ("and", ","): n = tail(words, n, one)
+        if one.depth < 4 and words[n] not in ("and", ","): n = read_tail(words, n, one)
         found.append(finish(" ".join(words[j:n]), one)); i, j = n, n + 1
         if words[i] not in ("and", ",") or direction(words, skip(words, j, DETERMINERS))[0]: return found, i
 
-def relate(words, start, i, kind, said):
+def add_relation(words, start, i, kind, said):
     "Add the relation that words[start:i] name to the anchors from `i` on; without anchors its words are unknown. The next place."
-    text = f"{said.best} {words[start]}" if said.best else " ".join(words[start:i])
+    text = " ".join(words[start:i])
+    if said.best and words[start] == "to": text, said.best = f"{said.best} to", ""
     if text not in ("of", "with", "by"): said.marks.append([start, "relation", text])
-    found, n = anchors(words, i, said)
+    found, n = read_anchors(words, i, said)
     if found: said.relations.append(Relation(text, kind, tuple(found)))
     else: said.unknown += words[start:i]
     said.unknown += [word for anchor in found for word in anchor.unknown]
     return n
 
 # %% ../nbs/03c_grammar.ipynb #b4737cc1
-def kind_of(where): return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
+def kind_of(where):
+    "The kind of relation: 'far top' -> 'above', 'upper left' as it is, 'middle' -> ''."
+    return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
 
-def place(words, i, said):
+def read_place(words, i, said):
     "Read 'on the far left', 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
     start = skip(words, i, ADVERBS)
+    best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
     j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
     where, n = direction(words, j)
-    if not where or (words[start] in SUPERLATIVES and words[start + 1] == "from") or (where == "right" and j == start and KIND.get(words[n]) in ("relation", "preposition") and words[n] != "of"): return i  # 'right next to'
+    if not where or (best and words[start + 1] == "from"): return i
+    if where == "right" and j == start and words[n] != "of" and KIND.get(words[n]) in ("relation", "preposition"): return i  # 'right next to'
     n = skip(words, n, PARTS)
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
     if of and words[of] in IMAGES: n, of = of + 1, 0
-    near = words[start] in SUPERLATIVES or said.best
-    if words[start] == "from" or (near and not of): return put_order(words, start, n, where.replace("far ", ""), said)
-    if of: return relate(words, i, n + 1, "near" if near or words[start] == "near" else kind_of(where), said)
-    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return relate(words, i, n, kind_of(where), said)
+    if words[start] == "from" or (best and not of): return add_order(words, start, n, where.replace("far ", ""), said)
+    if of: return add_relation(words, i, n + 1, "near" if best or words[start] == "near" else kind_of(where), said)
+    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return add_relation(words, i, n, kind_of(where), said)  # 'of' is missing
     said.marks.append([i, "position", " ".join(words[i:n])])
     if said.position: said.unknown += words[i:n]
     else: said.position = where
     return n
 
-def put_order(words, start, n, where, said):
+def add_order(words, start, n, where, said):
     "'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a group may follow. The next place."
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
     if begun:
         said.order[-1] = (said.order[-1][0], where)
         next(m for m in reversed(said.marks) if m[1] == "order")[2] += f" {text}"
-    else: said.order.append((1, where)); said.marks.append([start, "order", f"{said.best} {text}".strip()])
-    return group(words, n, said)
+    else:
+        said.order.append((1, where)); said.marks.append([start, "order", f"{said.best} {text}".strip()])
+        said.best = ""
+    return read_group(words, n, said)
 
-def group(words, i, said):
+def read_group(words, i, said):
     "Read 'of some tennis courts' or 'of the five', from which an order picks; the next place, `i` if there is none."
     if words[i] != "of": return i
     count, one = len(said.marks), blank(said.marks)
-    n = noun_phrase(words, i + 1, one)
+    n = read_noun(words, i + 1, one)
     if said.target and one.target not in ("", said.target) or n == i + 1:
         del said.marks[count:]
         return i
     said.target, said.position, said.unknown = said.target or one.target, said.position or one.position, said.unknown + one.unknown
-    if said.position == "middle" and not one.target: said.position, said.order, said.marks[-1][1] = "", [(1, "middle")], "order"  # 'the middle car of the five'
+    if said.position == "middle" and not one.target:  # 'the middle car of the five'
+        said.position, said.order, said.marks[-1][1] = "", [(1, "middle")], "order"
     return n
 
 # %% ../nbs/03c_grammar.ipynb #08260ad5
-def relation(words, i, said):
+def read_relation(words, i, said):
     "Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next place, `i` if there is none."
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
     if said.best and words[i] == "to": n, kind = i + 1, "near"  # 'the nearest car to the bus'
-    elif words[j] in FIRST_WORDS: n, kind = next(((j + n, RELATIONS[text]) for n in (3, 2, 1) if (text := " ".join(words[j:j + n])) in RELATIONS), (i, ""))
-    else: return i
+    else:
+        n = next((j + k for k in (3, 2, 1) if words[j] in FIRST_WORDS and " ".join(words[j:j + k]) in RELATIONS), None)
+        if n is None: return i
+        kind = RELATIONS[" ".join(words[j:n])]
     image = skip(words, n, DETERMINERS)
-    return i if n == i else image + 1 if words[image] in IMAGES else relate(words, i, n, kind, said)
+    return image + 1 if words[image] in IMAGES else add_relation(words, i, n, kind, said)  # 'in the image' says nothing
 
-def again(words, i, said):
+def read_again(words, i, said):
     "Read 'and the baseball field' where that is the target once more and 'is' follows; the next place, `i` if it is something else."
     if words[i] != "and": return i
     one = blank([])
-    n = noun_phrase(words, i + 1, one)
+    n = read_noun(words, i + 1, one)
     return n if n > i + 1 and one.target == said.target and words[n] in ("is", "are") else i
 
-def late(words, i, said):
+def read_late(words, i, said):
     "Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next place, `i` if there is none."
     j = skip(words, skip(words, i, PREPOSITIONS), DETERMINERS)
     kind = KIND.get(words[j])
-    return modifier(words, j, said) if kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from") else i
+    fits = kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from")
+    return read_modifier(words, j, said) if fits else i
 
 FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
-def tail(words, i, said):
+def read_tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
         n = i
-        for reading in (place, group, late, relation, again):
+        for reading in (read_place, read_group, read_late, read_relation, read_again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
-        if n == i and KIND.get(words[i]) not in ("link", "determiner", "part"): said.unknown.append(words[i])
+        if n == i and KIND.get(words[i]) not in ("link", "determiner"): said.unknown.append(words[i])
         i = max(n, i + 1)
     return i
 
 LINKS, ENDINGS = {*LEXICON["link"].split(), ","} - {"and", "of"}, {"and", ",", "it", "they", "is", "are"}
 
-def read(text):
+def read_text(text):
     "(Phrase, marks) of a text; a mark is [place, kind, words] of a cue."
     words, said = split_words(text), blank([])
     start = next(i for i, word in enumerate(words) if KIND.get(word) != "request" and word not in ("is", "are"))
-    tail(words, noun_phrase(words, start, said), said)
+    read_tail(words, read_noun(words, start, said), said)
     return finish(text, said), said.marks
 
 def parse_expression(
     text: str,
 ) -> Phrase:
     "What a referring expression says, and in `unknown` what was not understood of it. Never raises for a str."
-    return read(text)[0]
+    return read_text(text)[0]
 
 # %% ../nbs/03c_grammar.ipynb #ccec8a38
 def cues(
     text: str,
 ) -> list:
     "(kind, words) of each cue in reading order, anchors included; kinds: order, relation, position, size, colour."
-    return [(kind, words) for _, kind, words in sorted(read(text)[1], key=lambda mark: mark[0])]
+    return [(kind, words) for _, kind, words in sorted(read_text(text)[1], key=lambda mark: mark[0])]
 
 # %% ../nbs/03c_grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
@@ -317,7 +339,7 @@ def unknown_position(position): raise ValueError(f"unknown position {position!r}
 
 # %% ../nbs/03c_grammar.ipynb #084edd29
 def follows(word):
-    "True for a word after which a position is finished; a noun or an unknown word would make it an attribute ('the top court')."
+    "True for a word after which a position is finished; a noun, known or not, would make it an attribute ('the top court')."
     return word in FOLLOWING or not word.isalnum() or KIND.get(word, "noun") not in ("noun", "colour", "size", "adjective", "number", "ordinal", "end")
 
 def absolute(words, i, n):
@@ -328,8 +350,9 @@ def absolute(words, i, n):
     k = i - 1
     while k >= 0 and words[k] in ("the", "a"): k -= 1
     before, ahead = words[k] if k >= 0 else "", words[k - 1] if k > 0 else ""
-    if before in ("its", "their", "from") or (before == "to" and (not image or ahead in SUPERLATIVES)): return 0  # 'on its left', 'from the left', 'to the left'
-    if words[n] == "corner" and any(word in ("(", "[") or word.isdigit() for word in words[end:end + 3]): return 0  # 'top left corner (12, 40)' is of a box
+    if before in ("its", "their", "from"): return 0  # 'on its left', 'from the left'
+    if before == "to" and ahead != "close" and (not image or ahead in SUPERLATIVES): return 0  # 'to the left', 'nearest to the top of the image'
+    if words[n] == "corner" and any(word in ("(", "[") or word.isdigit() for word in words[end:end + 3]): return 0  # 'top left corner (12, 40)' of a box
     alone = n == i + 1 and end == n and not image
     if alone and (before not in ("in", "on", "at", "near", "towards") or (SIDES.get(words[i]) == "middle" and k == i - 1)): return 0  # 'is left', 'at center'
     return image + 1 if image else end
