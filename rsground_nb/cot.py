@@ -142,7 +142,7 @@ def speaker(rng):
     return say
 
 # %% ../nbs/05_cot.ipynb #06b61c5f
-def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("" if noun.endswith("is") else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 def noun_of(row, phrase):
     "What the sentence calls the target; else its category; else the expression without its article. Raises ValueError for an empty expression, or for signs that an answer must not hold."
