@@ -277,7 +277,7 @@ def plot_strata(
 def predict(
     model, processor,
     rows: Dataset,            # chapter 03
-    max_new_tokens: int = 80,
+    max_new_tokens: int = 160,
     batch_size: int = 32,
     template: str = REASON,   # DIRECT: ask for the box alone
 ) -> list:

@@ -162,7 +162,7 @@ def generate_answers(
     images: list,                    # PIL images
     questions: list,                 # expressions, one per image
     template: str = REASON,
-    max_new_tokens: int = 80,
+    max_new_tokens: int = 160,
     batch_size: int = 32,
     **kwargs,                        # to generate: do_sample=True, temperature=…
 ) -> list:
