@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'PROMPT_VERSION', 'REPLY_FORMAT', 'OBJECT', 'NO_ANSWER', 'FORMATS', 'NOT_ASKED', 'load_template',
            'write_prompt', 'Question', 'make_question', 'data_url', 'Server', 'make_request', 'content_key', 'Reply',
-           'ReplyCache', 'ask', 'serve_tiny', 'free_port', 'wait_for', 'tiny_server', 'read_reply', 'write_box',
-           'explain', 'in_threads', 'Meter', 'as_draft', 'answer', 'chat_drafts', 'cost_table']
+           'ReplyCache', 'ask', 'serve_tiny', 'free_port', 'wait_for', 'tiny_server', 'json_objects', 'read_reply',
+           'write_box', 'explain', 'in_threads', 'Meter', 'as_draft', 'answer', 'chat_drafts', 'cost_table']
 
 # %% ../nbs/05c_chat.ipynb #4e8e3a55
 import base64
@@ -193,7 +193,7 @@ def ask(
     choice = (getattr(came, "choices", None) or [None])[0]
     if not hasattr(choice, "message") or not isinstance(choice.message.content or "", str): raise ValueError("what came back is not a chat completion: does the address end in /v1?")
     if choice.finish_reason in (None, "abort", "error"): raise ValueError(f"the server broke off its reply (finish_reason {choice.finish_reason!r})")
-    text, usage = choice.message.content or "", came.usage
+    text, usage = (choice.message.content or "").encode(errors="replace").decode(), came.usage  # half a surrogate pair cannot be stored
     if usage and usage.prompt_tokens: return Reply(text, choice.finish_reason, usage.prompt_tokens + (usage.completion_tokens or 0), False)
     letters = len(body["messages"][0]["content"][1]["text"]) + len(text)
     return Reply(text, choice.finish_reason, letters // 4 + pixels // 28 ** 2, True)  # four letters a token, Qwen2.5-VL's 28 x 28 pixels a token
@@ -246,18 +246,23 @@ def tiny_server(
 # %% ../nbs/05c_chat.ipynb #d25043ab
 OBJECT = re.compile(r'\{\s*"')  # where a JSON object begins
 
+def json_objects(text: str):
+    "The complete JSON objects in a text, those inside others left out."
+    end = 0
+    while start := OBJECT.search(text, end):
+        try: found, end = json.JSONDecoder(strict=False).raw_decode(text, start.start())
+        except (ValueError, RecursionError): end = start.end()
+        else: yield found
+
 def read_reply(
     text: str,  # of a teacher
 ) -> str:
     "The completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` in a reply with JSON or with tags; otherwise the reply as it is. Never raises."
     if not isinstance(text, str): return ""
-    end = 0
-    while start := OBJECT.search(text, end):
-        try: found, end = json.JSONDecoder(strict=False).raw_decode(text, start.start())
-        except (ValueError, RecursionError): found, end = None, start.end()
-        if isinstance(found, dict) and isinstance(found.get("reasoning"), str) and "box" in found:
-            thoughts = re.sub(r"</?(?:think|answer)>", "", found["reasoning"]).strip()
-            return f"<think>{thoughts}</think><answer>{write_box(found['box'])}</answer>"
+    found = [o for o in json_objects(text) if isinstance(o.get("reasoning"), str) and "box" in o]
+    if found:
+        thoughts = re.sub(r"</?(?:think|answer)>", "", found[-1]["reasoning"]).strip()
+        return f"<think>{thoughts}</think><answer>{write_box(found[-1]['box'])}</answer>"
     thoughts, answer = between(text, "<think>", "</think>"), between(text, "<answer>", "</answer>")
     return text.strip() if thoughts is None or answer is None else f"<think>{thoughts.strip()}</think><answer>{answer.strip()}</answer>"
 
@@ -342,7 +347,7 @@ def as_draft(reply: Reply, server: Server, cached: bool) -> Draft:
 def answer(question: Question, client, server: Server, store: ReplyCache, formats: list) -> Draft:
     "The draft from a reply, which is stored first. A format that the server refuses is taken off the list."
     try: picture = data_url(question)
-    except READ_ERRORS as e: return Draft(trouble=f"its image cannot be read: {e}")
+    except (*READ_ERRORS, PILImage.DecompressionBombError) as e: return Draft(trouble=f"its image cannot be read: {e}")
     for structured in formats.copy():
         try: reply = ask(client, make_request(server, question.prompt, picture, structured), question.size[0] * question.size[1])
         except (openai.BadRequestError, openai.UnprocessableEntityError):
@@ -383,7 +388,9 @@ def chat_drafts(
             meter.note(answers[key], failed)
             bar.set_postfix(tokens=meter.tokens, failed_in_a_row=meter.failed, refresh=False)
     store.close()
-    for key, same in asked.items(): drafts |= {k: replace(answers[key], details={**answers[key].details, "cached": k != same[0]}) for k in same}
+    for key, same in asked.items():
+        again = replace(answers[key], details=answers[key].details | ({"cached": True} if answers[key].details else {}))
+        drafts |= {k: again for k in same} | {same[0]: answers[key]}
     left = sum(d.trouble.startswith(NOT_ASKED) for d in drafts.values())
     if left: warnings.warn(f"{left} of {len(rows)} rows were not asked: {meter.stop()}. What came is in {cache}; run it again to go on", stacklevel=2)
     return [drafts[k] for k in range(len(rows))]
