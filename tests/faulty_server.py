@@ -30,6 +30,7 @@ def reply_to(body, fault):
     if fault == "length": text, reason = text[:40], "length"
     if fault == "abort": text, reason = text[:40], "abort"
     if fault == "empty": text = None
+    if fault == "surrogate": text = "<think>\\ud83d</think><answer>[1, 2, 3, 4]</answer>".encode().decode("unicode_escape")
     made = {**GOOD, "choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}]}
     if fault == "nousage": made.pop("usage")
     if fault == "nochoices": made = {"error": {"message": "upstream is busy"}}

@@ -144,6 +144,12 @@ def test_an_empty_reply_is_trouble_and_paid_once(faulty, tmp_path):
     assert len(s.log()) == 1
 
 
+def test_half_a_surrogate_pair_can_be_stored(faulty, tmp_path):
+    s = faulty("surrogate")
+    for _ in range(2): assert draw(s.server(), tmp_path, 1)[0].completion == "<think>?</think><answer>[1, 2, 3, 4]</answer>"
+    assert len(s.log()) == 1
+
+
 def test_tokens_are_estimated_where_the_server_does_not_count(faulty, tmp_path):
     d = draw(faulty("nousage").server(), tmp_path, 2)
     assert d[0].details["estimated"] and 150 < d[0].details["tokens"] < 600 and not d[1].details["estimated"] and d[1].details["tokens"] == 100
@@ -188,11 +194,17 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(faulty, tmp_path):
 
 
 def test_rows_with_the_same_content_are_asked_once(faulty, tmp_path):
-    s, rows = faulty("slow=1", "500"), ROWS.select([0, 0, 1, 0, 1])
-    drafts = chat_drafts(rows, CODEC, s.server(workers=4, max_retries=0), tmp_path / "c.sqlite")
-    assert len(s.log()) == 2 and drafts[0].completion == drafts[1].completion == drafts[3].completion != ""
-    assert [d.details.get("cached") for d in drafts[:2]] == [False, True] and drafts[2].trouble == drafts[4].trouble != ""
-    assert cost_table(drafts).iloc[0].to_dict() == dict(rows=5, cached=2, asked=1, failed=2, not_asked=0, tokens=100, estimated=False)
+    s, rows = faulty("slow=1", "slow=1"), ROWS.select([0, 0, 1, 0, 1])
+    drafts = chat_drafts(rows, CODEC, s.server(workers=4), tmp_path / "c.sqlite")
+    assert len(s.log()) == 2 and drafts[0].completion == drafts[1].completion == drafts[3].completion != drafts[2].completion == drafts[4].completion
+    assert [d.details["cached"] for d in drafts] == [False, True, False, True, True]
+    assert cost_table(drafts).iloc[0].to_dict() == dict(rows=5, cached=3, asked=2, failed=0, not_asked=0, tokens=200, estimated=False)
+
+
+def test_rows_with_the_same_content_fail_together(faulty, tmp_path):
+    s = faulty("always:500")
+    drafts = chat_drafts(ROWS.select([0, 0, 1, 0, 1]), CODEC, s.server(workers=4, max_retries=0), tmp_path / "c.sqlite")
+    assert len(s.log()) == 2 and all("HTTP 500" in d.trouble for d in drafts) and cost_table(drafts).iloc[0]["failed"] == 5
 
 
 def test_two_clients_share_a_cache(faulty, tmp_path):
@@ -328,6 +340,7 @@ def test_a_reply_cut_anywhere_has_its_box_or_none(cut, before):
 @pytest.mark.parametrize("reply, completion", [
     ('{"box": [1, 2, 3, 4], "reasoning": "a\nb"}', "<think>a\nb</think><answer>[1, 2, 3, 4]</answer>"),
     ('<think>hm, {1}</think>{"reasoning": "<think>a</think>", "box": "[1, 2, 3, 4]"}', "<think>a</think><answer>[1, 2, 3, 4]</answer>"),
+    ('{"reasoning": "first thought", "box": [9, 9, 10, 10]} no: {"reasoning": "a", "box": [1, 2, 3, 4]} {"reas', "<think>a</think><answer>[1, 2, 3, 4]</answer>"),
     ('[{"reasoning": "a", "box": [1.0, 2.5, 3, 4]}]', "<think>a</think><answer>[1, 2.5, 3, 4]</answer>"),
     ('{"reasoning": ["a"], "box": [1, 2, 3, 4]}', '{"reasoning": ["a"], "box": [1, 2, 3, 4]}'),
     ('{"reasoning": "a", "bbox": [1, 2, 3, 4]}', '{"reasoning": "a", "bbox": [1, 2, 3, 4]}'),
