@@ -37,7 +37,7 @@ class Scale:
 SMOKE = Scale(
     name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=16,
     sft_steps=60, sft_batch_size=16, sft_learning_rate=3e-3,
-    grpo_steps=12, prompts_per_step=4, num_generations=8, grpo_learning_rate=5e-4, max_completion_length=80, rows_per_pass=32)
+    grpo_steps=12, prompts_per_step=4, num_generations=8, grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
     SMOKE, name="workshop", num_train=4096, num_val=128, num_test=256, sft_steps=600, sft_batch_size=32, grpo_steps=150, prompts_per_step=8, rows_per_pass=64)
 GPU = Scale(
