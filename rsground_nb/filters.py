@@ -271,7 +271,7 @@ def stand_ins(nouns, own):
     refers, here, topic, past, sentence = [], [], None, [], -1
     def kind(k): return own if nouns[k].kind == "target" else nouns[k].kind
     for k, n in enumerate(nouns):
-        if n.sentence != sentence: topic, here, sentence = (here[0] if here else topic), [], n.sentence
+        if n.sentence != sentence: topic, here, sentence = next((j for j in here if kind(j) == own), here[0]) if here else topic, [], n.sentence
         if n.kind == "which": refers.append(refers[-1] if k and nouns[k - 1].sentence == sentence else None)
         elif n.kind == "it":
             beside = here and not n.free and here[-1] == refers[k - 1]  # "the car lies left of it": not the car
@@ -306,8 +306,9 @@ def owner(read, start, end):
     return next((k for k in reversed(before) if read.nouns[k].free), before[-1])
 
 def sole_of(nouns, own):
+    "Index of the first noun of the target's kind if all of them are one and the same 'a ship', else -1."
     named = [k for k, n in enumerate(nouns) if n.kind == own or n.words[-1] in ("target", "one", "object")]
-    return named[0] if len(named) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
+    return named[0] if len({nouns[k].words for k in named}) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
 
 def read_thought(thought, known, found, codec):
     "The Reading of a thought; `found` are its `places`."
@@ -504,7 +505,7 @@ def step_faults(read, found, known):
     if not found and not IN_NUMBERS.search(read.text): missing.append("no place in numbers")
     return [Fault("missing_step", ", ".join(missing))] if missing else []
 
-WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|between|near(?:est)?|next to|beside|closest|furthest|north|south|east|west|(?:left|right|top|bottom|upper)most|(?:first|second|third|fourth) from)\b")
+WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|between|near(?:est)?|next to|beside|closest|furthest|north|south|east|west|(?:left|right|top|bottom|upper)most|(?:first|second|third|fourth) from|halfway|corner|half|(?:image|picture|frame|scene)(?:'s)? (?:centre|center|middle)|(?:near|close to|around|in|towards?) the (?:\w+ )?(?:centre|center|middle)|centrally)\b")
 
 def place_words(text): return len(WHERE.findall(text.lower()))
 
@@ -534,6 +535,9 @@ LEAKS = re.compile(r"\b(?:" + "|".join([
     rf"(?:desired|required|model|example|target|final|correct|right) (?:output|response|result)\b|(?:agree\w* with|coincid\w* with|consistent with|check\w* against|verif\w* (?:with|against)|in line with|according to|based on|knowing) (?:the|this|that|my|your) (?:\w+ )?{A_BOX}\b",
     rf"{NUMBERS_TOO} (?:was|were|has been|have been|is already|are already) (?:given|provided|known|supplied|specified|disclosed|revealed|available)\b|(?:don't|do not) have the {NUMBERS_TOO}\b|know where (?:it|the \w+) (?:is|lies)\b|(?:box|rectangle) (?:that is |which is )?(?:drawn|shown|marked) (?:in|on|into) the (?:image|picture)\b",
     rf"with the {A_BOX} (?:already )?(?:known|at hand|in hand|given|available)\b|(?:told|asked|instructed|required|expected) to (?:produce|return|output|answer with|end with) (?:this|these|exactly|the following|\[)|reference (?:label|region|location)|(?:labell?ed|tagged) as the (?:target|answer|correct)",
+    r"(?:given|provided|supplied|reference|gold|true|known|labell?ed|marked|official|stored|annotated) (?:target )?(?:region|location|label|values)\b|(?:gold|human|official|dataset|true) labels?\b|labell?ed (?:object|one)\b|labell?er\b|ha(?:s|ve) been labell?ed",
+    r"(?:match\w*|equals?|according to|confirmed by|compar\w* (?:with|to)|overlap\w*(?: \w+)? with|coincid\w* with|agree\w* with|corresponds? to) the (?:reference|gold|label|truth)(?=[.,;:)]| here|$)|the truth (?:is known|says)|key (?:gives|says)\b|my notes\b|peek|cheat|look\w* at the answer\b|answer first\b",
+    r"(?:i|we) (?:have been |was |were |am )informed\b|as (?:i|we) (?:have been|was|were) (?:told|shown)\b|(?:as )?per the (?:instructions?|prompt)\b|(?:prompt|question|task|assignment|user|teacher|system) (?:reveal|disclose|mark|gave|told|gives me)|act(?:ing)? as (?:if|though)\b|as though i\b|knowing where\b|know the (?:location|position)\b|(?:box|file) from the file|data file",
     # how it came to it: "the box I was given", "you told me", "the box in the prompt"
     rf"{A_BOX}(?: (?:that|which))?(?: (?:i|we|you|they))?(?: (?:is|are|was|were|am|been|have|has|had|already))* (?:given|gave|provided|supplied|handed|told|specified|listed|known|disclosed|attached|received|got|mentioned above)\b(?! (?:by (?:its|the edges|these)|(?:as|in) (?:whole|integer|pixel|px|unit|round|the frame|frame)))",
     rf"{NUMBERS_TOO} (?:that |which )?(?:(?:i|we|you)(?: (?:was|were|am|are|have|had|been))* (?:given|gave|received|got|told|handed|provided|shown)|supplied|handed|came with)\b", rf"{A_BOX} (?:that |which )?came with\b",
