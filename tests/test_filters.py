@@ -65,7 +65,7 @@ def test_a_false_position_of_the_target_is_a_contradiction(thought, row): assert
 
 @pytest.mark.parametrize("thought", """The minibus at (150, 183) is right of the bus. It is at the top left.
 The bus is left of the minibus. The minibus is at (150, 183), top left.
-Left of the bus I see the ship, and in the top left the minibus; the ship is above the minibus, which is at (150, 183).
+Left of the bus I see the ship. The ship is above the minibus, which is in the top left at (150, 183).
 The bus, at (100, 100), is near. The minibus is in the top left, (150, 183).
 There are three vehicles in the image. The minibus is in the top left, (150, 183).
 The bus is in the top right. The minibus is in the top left, (150, 183).
