@@ -142,14 +142,14 @@ def speaker(rng):
     return say
 
 # %% ../nbs/05_cot.ipynb #06b61c5f
-def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("" if noun.endswith("is") else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 def noun_of(row, phrase):
     "What the sentence calls the target; else its category; else the expression without its article. Raises ValueError for an empty expression, or for signs that an answer must not hold."
     if not (row["expression"] or "").strip(): raise ValueError("expression is empty")
     understood = not set(phrase.target.split()) <= set(phrase.unknown)
     noun = understood and phrase.target or row.get("category") or re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I)
-    if re.search(r"[<>\[\](){}]", noun): raise ValueError(f"expression {row['expression']!r} has signs that belong to an answer")
+    if re.search(r"[<>\[\](){}]", noun): raise ValueError(f"expression and category leave {noun!r} as a name, which has signs that belong to an answer")
     return noun
 
 def full_name(noun, phrase):
@@ -180,7 +180,9 @@ def find_target(row):
     if row.get("objects") is None: return None
     same = [o for o in row["objects"] if list(o["box"]) == list(row["box"])]
     if not same: raise ValueError(f"objects ({len(row['objects'])}) hold none with the row's box")
-    return next((o for o in same if o["category"] == row.get("category")), same[0])
+    target = next((o for o in same if o["category"] == row.get("category")), same[0])
+    if not target["category"]: raise ValueError("objects: the one with the row's box has no category")
+    return target
 
 def pick_of(phrase):
     "(what comes first, rank) of an order or a size; ('', 0) if there is none that can be counted."
@@ -204,7 +206,8 @@ def tests_of(phrase, row, target, say, at):
         found = [find_anchor(a, row["objects"], size) for a in relation.anchors]
         if any(a is target for a in found): continue
         said = [say("anchor", name=name_of(words), at=at(a)) for words, a in zip(relation.anchors, found) if a]
-        if len(found) == 1 and found[0]: yield f"{relation.words} it", lambda box: stands(relation.kind, box, found[0]["box"], size), said
+        it = "it" if len(phrase.relations) == 1 else f"the {name_of(relation.anchors[0])}"
+        if len(found) == 1 and found[0]: yield f"{relation.words} {it}", lambda box: stands(relation.kind, box, found[0]["box"], size), said
         else: yield "", lambda box: None, said
     if phrase.position: yield f"at the {cell_words(phrase.position)}", lambda box: is_at(phrase.position, box, *size), []
 

@@ -512,7 +512,8 @@ def read_jsonl(path: Path, images: ImageFolder) -> tuple:
         width, height = images.size(image, declared)
         mask = r.get("mask") and width and coco_runs(parse_json(text_field(r, "mask")), width, height)
         return dict(image=image and str(image), image_id=text_of(r.get("image_id") or name, "image_id"), expression_id=text_of(r.get("expression_id") or f"{path.stem}:{line}", "expression_id"), expression=expression, box=box,
-                    width=width, height=height, category=r.get("category"), polygon=r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8), mask=mask or None, source=r.get("source") or "jsonl", objects=read_objects(r.get("objects")) if "expression" in r else None, **({"split": r["split"]} if r.get("split") else {}))
+                    width=width, height=height, category=r.get("category"), polygon=r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8), mask=mask or None, source=r.get("source") or "jsonl",
+                    objects=read_objects(r.get("objects")) if "expression" in r else None, **({"split": r["split"]} if r.get("split") else {}))
     return collect(((k, "", (k, text)) for k, _, text in text_lines(path)), path.name, row)
 
 # %% ../nbs/02b_files.ipynb #3ae2b9c9

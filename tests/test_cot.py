@@ -293,8 +293,8 @@ def test_any_text_gives_a_chain_or_a_reason(text):
 
 @pytest.mark.parametrize("row, words", [
     (one("the car", (40.6, 40, 41.4, 50)), "has no area in whole numbers of the frame 112x112"), (one("the car", (100, 40, 130, 60)), "leaves the image 112x112"), (one("the car", (60, 40, 40, 60)), "has no area"),
-    (one("the car", (40.6, 40, 41.6, 42.4)), "keeps an IoU"), (one("the car", (1, 2, float("inf"), 4)), "not finite"), (one(" "), "expression is empty"), (one(None), "expression is empty"), (one("<answer>", category=None), "expression"),
-    (one("the car", objects=[]), "objects"), (one("the car", objects=[dict(category="car", colour="red", box=[1.0, 2, 3, 4])]), "objects"), ({**one("the car"), "width": None}, "width"), ({**one("the car"), "height": 90000}, "90000")])
+    (one("the car", (40.6, 40, 41.6, 42.4)), "keeps an IoU"), (one("the car", (1, 2, float("inf"), 4)), "not finite"), (one(" "), "expression is empty"), (one(None), "expression is empty"), (one("<answer>", category=None), "signs"),
+    (one("the car", objects=[]), "objects"), (one("the car", objects=[dict(category=None, colour=None, box=[40.0, 40, 60, 60])]), "no category"), (one("the car", objects=[dict(category="car", colour="red", box=[1.0, 2, 3, 4])]), "objects"), ({**one("the car"), "width": None}, "width"), ({**one("the car"), "height": 90000}, "90000")])
 def test_rows_that_allow_no_chain_say_why(row, words):
     with pytest.raises(ValueError, match="row 'x'") as caught: write_chain(row, PIXELS, np.random.default_rng(0))
     assert words in str(caught.value)
@@ -310,6 +310,12 @@ def test_two_equal_boxes_give_no_order():
     twins = [dict(category="car", colour=c, box=[40.0, 40, 60, 60]) for c in ("red", "blue")]
     chain = chain_of(one("the leftmost car", objects=twins))
     assert "leftmost one" not in chain and "wo cars" in chain
+
+
+def test_two_anchors_are_both_called_by_name():
+    things = [("car", "red", [40.0, 40, 60, 60]), ("car", "blue", [5.0, 98, 15, 108]), ("building", "white", [90.0, 42, 110, 62]), ("bridge", "black", [42.0, 80, 62, 100])]
+    chain = chain_of(one("the car on the left of the building and it is above the bridge", objects=[dict(category=n, colour=c, box=b) for n, c, b in things]))
+    assert re.search(r"one (?:of the two )?is on the left of the building and above the bridge|One is on the left of the building and above the bridge", chain)
 
 
 def test_colours_that_are_not_known_are_not_claimed():
