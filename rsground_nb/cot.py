@@ -22,7 +22,7 @@ from .grammar import Phrase, cues, in_region, parse_expression, region
 from .scenes import MARGIN
 
 # %% ../nbs/05_cot.ipynb #3ae7de9c
-RULE_VERSION = "rule-1"  # raise when the texts change
+RULE_VERSION = "rule-2"  # raise when the texts change
 
 @dataclass(frozen=True)
 class Draft:
@@ -119,18 +119,18 @@ TEXTS = {
     "said": ("The sentence says \"{cues}\".", "\"{cues}\" is what the sentence says.", "As the sentence says: \"{cues}\"."),
     "look": ("I look at the {region}.", "I look at the {region} of the image.", "First I look at the {region}."),
     # objects known
-    "one": ("There is only one {noun}.", "I look at each {noun}: there is only one.", "Only one {noun} is in the image."),
+    "one": ("There is only one {noun}.", "I see only one {noun}.", "Only one {noun} is in the image."),
     "many": ("There are {count} {nouns}, {places}.", "The image has {count} {nouns}, {places}.", "{count} {nouns} are in the image, {places}."),
     "row": ("From {start} the {nouns} are {places}.", "The {nouns} from {start} are {places}.", "I look from {start}: {nouns} {places}."),
-    "anchor": ("The {name} is at {at}.", "The {name} stands at {at}.", "Next, the {name}: it is at {at}."),
-    "holds": ("The {noun} is {words}.", "The {noun} is {words}, as it is said.", "And the {noun} is {words}."),
+    "anchor": ("The {name} is at {at}.", "I find the {name} at {at}.", "Next, the {name}: it is at {at}."),
+    "holds": ("The {noun} is {words}.", "The {noun} is {words}, as the sentence says.", "I see that the {noun} is {words}."),
     "only": ("Only one is {words}.", "Only one of the {count} is {words}.", "One is {words}, and only one."),
-    "pick": ("The {words} is at {at}.", "At {at} is the {words}.", "The one at {at} is the {words}."),
-    "decide": ("The target is {reason}, near {at}.", "It is {reason}, its centre is near {at}.", "It is {reason}; its centre lies near {at}."),
+    "pick": ("At {at} I see the {words}.", "At {at} is the {words}.", "The one at {at} is the {words}."),
+    "decide": ("The target is {reason}, near {at}.", "I take {reason}, its centre is near {at}.", "I choose {reason}; its centre lies near {at}."),
     # objects not known
-    "compare": ("I compare it with {words}.", "It is to be compared with {words}.", "I look for {words} to compare it with."),
-    "count": ("I look from {start}.", "The order is from {start}.", "I go from {start}."),
-    "size": ("I look at how large it is.", "I compare by size.", "Size is what I look at."),
+    "compare": ("I compare it with {words}.", "I check it against {words}.", "I look for {words} to compare it with."),
+    "count": ("I look from {start}.", "The order is from {start}.", "I start from {start}."),
+    "size": ("I look at how large it is.", "I compare by size.", "I look at its size."),
     "fits": ("The {noun} here fits, near {at}.", "The {noun} that fits has its centre near {at}.", "What fits is the {noun} with its centre near {at}."),
 }
 
@@ -145,10 +145,12 @@ def speaker(rng):
 def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("" if noun.endswith("is") else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 def noun_of(row, phrase):
-    "What the sentence calls the target; else its category; else the expression without its article. Raises ValueError for an empty expression, or for signs that an answer must not hold."
+    """What the sentence calls the target; else its category; else 'object' or, where it was not understood, the expression without its article.
+    Raises ValueError for an empty expression, or for signs that an answer must not hold."""
     if not (row["expression"] or "").strip(): raise ValueError("expression is empty")
     understood = not set(phrase.target.split()) <= set(phrase.unknown)
-    noun = understood and phrase.target or row.get("category") or re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I)
+    spoken = re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I) if phrase.unknown else "object"
+    noun = understood and phrase.target or row.get("category") or spoken
     if re.search(r"[<>\[\](){}]", noun): raise ValueError(f"expression and category leave {noun!r} as a name, which has signs that belong to an answer")
     return noun
 
@@ -229,11 +231,13 @@ RANKS = ("first", "second", "third", "fourth")
 def start_of(pick): return f"the {pick}" if pick in FIRST else "that corner"
 
 def pick_words(pick, rank):
-    "'leftmost', 'second from the left', 'first from that corner', 'largest'."
-    return pick if pick in LARGE else FIRST[pick] if rank == 1 and pick in FIRST else f"{RANKS[rank - 1]} from {start_of(pick)}"
+    "'leftmost', 'second from the left', 'nearest to that corner', 'largest'."
+    if pick in LARGE: return pick
+    if rank > 1: return f"{RANKS[rank - 1]} from {start_of(pick)}"
+    return FIRST.get(pick, "nearest to that corner")
 
 def candidates(phrase, row, target):
-    "(objects of the target's kind from left to right, what they are called, a colour that is still to be looked for). A colour that is not the last word on it is taken as part of the kind."
+    "(objects of the target's kind from left to right, what they are called, a colour still to be looked for); where other cues decide, the colour is part of the kind."
     noun = target["category"]
     things = sorted((o for o in row["objects"] if o["category"] == noun), key=lambda o: centre(o["box"]))
     colour = target["colour"] if target["colour"] in phrase.attributes and all(o["colour"] for o in things) else ""
@@ -242,21 +246,24 @@ def candidates(phrase, row, target):
 
 def narrow(things, colour, phrase, row, target, say, at):
     "(sentences about anchors, what is found to hold for the target, things that may also have it, things that have it for sure)."
-    said, found, perhaps = [], [colour] if colour else [], [o for o in things if not colour or o["colour"] == colour]
-    certain = perhaps
+    said, found = [], [colour] if colour else []
+    perhaps = certain = [o for o in things if not colour or o["colour"] == colour]
     for words, test, sentences in tests_of(phrase, row, target, say, at):
         said += sentences
-        if test(target["box"]):
-            found.append(words)
-            perhaps, certain = [o for o in perhaps if test(o["box"]) is not False], [o for o in certain if test(o["box"])]
+        if not test(target["box"]): continue
+        found.append(words)
+        perhaps, certain = [o for o in perhaps if test(o["box"]) is not False], [o for o in certain if test(o["box"])]
     return said, " and ".join(found), perhaps, certain
 
 def compare(phrase, row, target, say, at):
     "(sentences about the objects of the row, why it is the target)."
     size, (pick, rank), (things, noun, colour) = (row["width"], row["height"]), pick_of(phrase), candidates(phrase, row, target)
-    def leads(group): order = pick and in_order(pick, rank, group, size); return order if order and order[rank - 1] is target else None
     more, found, perhaps, certain = narrow(things, colour, phrase, row, target, say, at)
     if len(things) == 1: return [say("one", noun=noun), *more, *([say("holds", noun=noun, words=found)] if found else [])], f"the only {noun}"
+
+    def leads(group):
+        order = pick and in_order(pick, rank, group, size)
+        return order if order and order[rank - 1] is target else None
     count, nouns, order = count_of(things), plural(noun), pick in FIRST and leads(things)
     if order: said = [say("row", start=start_of(pick), nouns=nouns, places=listed(order, target, at)), *more]
     else: said = [say("many", count=count, nouns=nouns, places=listed(things, target, at, colour)), *more]
@@ -280,9 +287,12 @@ def look_at(phrase, row, noun, say):
 # %% ../nbs/05_cot.ipynb #06c1b506
 def think(row, codec, rng):
     "As `write_chain`; errors do not name the row."
-    x1, y1, x2, y2 = answer_of(row, codec)
+    answer = list(answer_of(row, codec))
     phrase, target, say, size = parse_expression(row["expression"] or ""), find_target(row), speaker(rng), (row["width"], row["height"])
-    def at(thing): x1, y1, x2, y2 = codec.encode(thing["box"], *size); return f"({round((x1 + x2) / 2)}, {round((y1 + y2) / 2)})"
+    def at(thing):
+        x, y = centre(codec.encode(thing["box"], *size))
+        return f"({round(x)}, {round(y)})"
+
     noun, (said, refuted) = noun_of(row, phrase), cue_words(row, phrase)
     steps = [say("target", name=full_name(noun, phrase))]
     if said: steps.append(say("cue", cues=said))
@@ -294,14 +304,15 @@ def think(row, codec, rng):
     else:
         noun = noun if phrase.number == 1 else f"group of {plural(noun)}"
         steps += [*look_at(phrase, row, noun, say), say("fits", noun=noun, at=at(row))]
-    return f"<think>{' '.join(steps)}</think><answer>{[x1, y1, x2, y2]}</answer>"
+    return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
 
 def write_chain(
     row: dict,                 # expression, box, width, height; category and objects may be missing or None
     codec: Codec,              # of the student
     rng: np.random.Generator,  # chooses the phrasing
 ) -> str:
-    "A completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` that reasons from the words to the box and claims only what the row proves. Raises ValueError, naming the row, where the box or the words do not allow it."
+    """A completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` that reasons from the words to the box and claims only what the row proves.
+    Raises ValueError, naming the row, where the box or the words do not allow it."""
     try: return think(row, codec, rng)
     except ValueError as e: raise ValueError(f"row {row.get('expression_id')!r}: {e}") from None
 
