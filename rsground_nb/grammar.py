@@ -19,8 +19,9 @@ from types import SimpleNamespace
 from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, cell_name
 
 # %% ../nbs/03c_grammar.ipynb #79c95e45
-SIDES = {word: side for side, words in {"left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
-                                        "middle": "middle centre center central mid"}.items() for word in words.split()}  # north is up
+SIDES = {word: side for side, words in {  # north is up
+    "left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
+    "middle": "middle centre center central mid"}.items() for word in words.split()}
 CORNERS = {"northwest": "upper left", "northeast": "upper right", "southwest": "lower left", "southeast": "lower right"}
 ENDS = {f"{word}most": side for word, side in SIDES.items() if side != "middle"}
 NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)}
@@ -46,22 +47,25 @@ PLURALS = {form: noun for noun in NOUNS for form in (noun + "s", noun + "es", no
 LEXICON = {  # kind -> words; a word is of the first kind that lists it
     "noun": " ".join(sorted([*NOUNS, *PLURALS])),
     "colour": " ".join(["gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful", *COLOURS, *OTHER_COLOURS, *TONES]),
-    "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium medium-sized
-        wide widest narrow""",
-    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored moving
-        empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential industrial
-        commercial connected""",
+    "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium
+        medium-sized wide widest narrow""",
+    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored
+        moving empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential
+        industrial commercial connected""",
     "number": " ".join(NUMBERS), "ordinal": " ".join(ORDINALS), "end": " ".join(ENDS), "side": " ".join([*SIDES, *CORNERS, "far", "extreme"]),
     "superlative": "nearest closest furthest farthest", "determiner": "a an the some several another other this these those any all each its their",
     "preposition": "in on at to towards toward from near", "relation": " ".join(words.split()[0] for words in RELATIONS),
-    "adverb": "immediately directly just exactly slightly very", "negation": "not no without except isn aren never", "image": "image picture scene photo photograph frame map view",
+    "adverb": "immediately directly just exactly slightly very", "negation": "not no without except isn aren never",
+    "image": "image picture scene photo photograph frame map view",
     "part": "part side hand corner edge border region portion half section area end quarter quadrant margin zone cell third ninth",
     "link": "of also it they that which is are was were be being and but located situated lying lies lie stands standing positioned placed found there position",
     "request": "find search locate show detect identify segment where please for me can you help i want give",
 }
 KIND = {word: kind for kind, words in reversed(LEXICON.items()) for word in words.split()} | {"": "end of text", ",": "link"}
-FOLLOWING = {*"we i he she where because so while as has have contains holds shows appears sits or not no if then here fits matches however when since whose than".split()}
-DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = ({*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
+FOLLOWING = {*"""we i he she where because so while as has have contains holds shows appears sits or not no if then here fits matches however when since whose
+    than""".split()}  # in running text: what comes after a position, and is no noun that it could belong to
+DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = (
+    {*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
 
 # %% ../nbs/03c_grammar.ipynb #c0320f24
 TOKEN = re.compile(r"(?:[ult]-shaped|reddish-brown|medium-sized)\b|[^\W_]+|[^\w\s'’-]")
@@ -113,7 +117,7 @@ class Phrase:
     number: int = 1         # "three adjacent tennis courts": 3
     attributes: tuple = ()  # colours and other adjectives in order
     position: str = ""      # absolute, a key of REGIONS
-    order: tuple = ()       # of (k, side): leftmost (1, "left"), third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
+    order: tuple = ()       # of (k, side): third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
     size: str = ""          # as written: "largest", "second largest"
     relations: tuple = ()   # of Relation
     unknown: tuple = ()     # words
@@ -154,7 +158,8 @@ def read_modifier(words, i, said):
     elif kind == "superlative" and words[n] not in ("to", "from"): said.best = word
     elif kind == "side":
         where, n = direction(words, i)
-        if where and words[n] == "of" and KIND.get(words[skip(words, n + 1, DETERMINERS)]) == "number": kind = "end"; said.order.append((1, where))  # 'the upper of the two ships'
+        of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
+        if where and of and KIND.get(words[of]) == "number": kind = "end"; said.order.append((1, where))  # 'the upper of the two ships'
         elif not where or KIND.get(words[n], "noun") not in ("noun", "colour", "size", "adjective", "number"): return i
         else: said.position = said.position or where
     elif kind != "determiner": return i
@@ -211,7 +216,7 @@ def kind_of(where):
     return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
 
 def read_place(words, i, said):
-    "Read 'on the far left', 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
+    "Read 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
     start = skip(words, i, ADVERBS)
     best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
     j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
@@ -230,6 +235,7 @@ def read_place(words, i, said):
     else: said.position = where
     return n
 
+# %% ../nbs/03c_grammar.ipynb #08260ad5
 def add_order(words, start, n, where, said):
     "'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a group may follow. The next place."
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
@@ -255,7 +261,7 @@ def read_group(words, i, said):
         said.position, said.order, said.marks[-1][1] = "", [(1, "middle")], "order"
     return n
 
-# %% ../nbs/03c_grammar.ipynb #08260ad5
+# %% ../nbs/03c_grammar.ipynb #67726d23
 def read_relation(words, i, said):
     "Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next place, `i` if there is none."
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
@@ -283,13 +289,14 @@ def read_late(words, i, said):
 
 def read_negation(words, i, said):
     "Read 'not the red one' and 'without cargo': what is denied stays unknown, to the next comma or 'but'. The next place, `i` if there is none."
-    if KIND.get(words[i]) != "negation": return i
+    if KIND.get(words[i]) != "negation" or (words[i] == "no" and words[i + 1] in DETERMINERS): return i  # 'no the left' is a mistyped 'on'
     n = next(k for k in range(i, len(words)) if words[k] in ("", ",", "but"))
     said.unknown += words[i:n]
     return n
 
 FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
+# %% ../nbs/03c_grammar.ipynb #a1c4fa0b
 def read_tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
@@ -324,11 +331,14 @@ def cues(
 
 # %% ../nbs/03c_grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
-    "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1), "middle": (0.3, 0.3, 0.7, 0.7),
+    "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1),
+    "middle": (0.3, 0.3, 0.7, 0.7),
     "left": (0, 0, 0.4, 1), "right": (0.6, 0, 1, 1), "top": (0, 0, 1, 0.4), "bottom": (0, 0.6, 1, 1),
     "far left": (0, 0, 0.35, 1), "far right": (0.65, 0, 1, 1), "far top": (0, 0, 1, 0.35), "far bottom": (0, 0.65, 1, 1),
-    "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7), "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
-    "centre of the far left": (0, 0.3, 0.2, 0.7), "centre of the far right": (0.8, 0.3, 1, 0.7), "centre of the far top": (0.3, 0, 0.7, 0.2), "centre of the far bottom": (0.3, 0.8, 0.7, 1)}
+    "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7),
+    "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
+    "centre of the far left": (0, 0.3, 0.2, 0.7), "centre of the far right": (0.8, 0.3, 1, 0.7),
+    "centre of the far top": (0.3, 0, 0.7, 0.2), "centre of the far bottom": (0.3, 0.8, 0.7, 1)}
 
 # %% ../nbs/03c_grammar.ipynb #5d5dda2a
 def region(
