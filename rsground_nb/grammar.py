@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUNS', 'PLURALS', 'LEXICON', 'KIND', 'FOLLOWING',
            'DETERMINERS', 'PREPOSITIONS', 'ADVERBS', 'SUPERLATIVES', 'PARTS', 'IMAGES', 'TOKEN', 'PAIRS', 'CELLS',
-           'CUE_KINDS', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side', 'direction',
-           'Phrase', 'Relation', 'blank', 'finish', 'read_modifier', 'read_noun', 'read_anchors', 'add_relation',
-           'kind_of', 'read_place', 'add_order', 'read_group', 'read_relation', 'read_again', 'read_late', 'read_tail',
-           'read_text', 'parse_expression', 'cues', 'region', 'in_region', 'unknown_position', 'follows', 'absolute',
-           'positions']
+           'CUE_KINDS', 'WITH', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side',
+           'direction', 'Phrase', 'Relation', 'blank', 'finish', 'read_modifier', 'read_noun', 'read_anchors',
+           'add_relation', 'kind_of', 'read_place', 'add_order', 'read_group', 'read_relation', 'read_again',
+           'read_late', 'read_negation', 'read_tail', 'read_text', 'parse_expression', 'cues', 'region', 'in_region',
+           'unknown_position', 'follows', 'absolute', 'positions']
 
 # %% ../nbs/03c_grammar.ipynb #a4a2d9fc
 import re
@@ -19,17 +19,19 @@ from types import SimpleNamespace
 from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, cell_name
 
 # %% ../nbs/03c_grammar.ipynb #79c95e45
-SIDES = {word: side for side, words in {"left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
-                                        "middle": "middle centre center central mid"}.items() for word in words.split()}  # north is up
+SIDES = {word: side for side, words in {  # north is up
+    "left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
+    "middle": "middle centre center central mid"}.items() for word in words.split()}
 CORNERS = {"northwest": "upper left", "northeast": "upper right", "southwest": "lower left", "southeast": "lower right"}
 ENDS = {f"{word}most": side for word, side in SIDES.items() if side != "middle"}
 NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)}
+NUMBERS |= {str(k): k for k in range(1, 13)} | {"both": 2}
 ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)} | {"1st": 1, "2nd": 2, "3rd": 3, "last": -1}
 RELATIONS = {words: kind for kind, several in {  # kind "" where the words give no direction
     "above": "above, over", "below": "below, under, underneath, beneath", "between": "between",
     "near": "near, nearby, beside, alongside, next to, close to, closer to, adjacent to, nearest to, closest to",
     "": "surrounded by, in front of, opposite, behind, along, around, inside, within, across, far from, away from, furthest from, farthest from, "
-        "connected to, attached to, parallel to, facing, in, on, at, with, by, of"}.items() for words in several.split(", ")}
+        "connected to, attached to, parallel to, facing, among, than, in, on, at, with, has, have, having, by, of"}.items() for words in several.split(", ")}
 
 # %% ../nbs/03c_grammar.ipynb #956c69a5
 NOUNS = {*" ".join(SHAPES).split(), *"""
@@ -45,22 +47,25 @@ PLURALS = {form: noun for noun in NOUNS for form in (noun + "s", noun + "es", no
 LEXICON = {  # kind -> words; a word is of the first kind that lists it
     "noun": " ".join(sorted([*NOUNS, *PLURALS])),
     "colour": " ".join(["gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful", *COLOURS, *OTHER_COLOURS, *TONES]),
-    "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium medium-sized
-        wide widest narrow""",
-    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored moving
-        empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential industrial
-        commercial connected""",
+    "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium
+        medium-sized wide widest narrow""",
+    "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored
+        moving empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential
+        industrial commercial connected""",
     "number": " ".join(NUMBERS), "ordinal": " ".join(ORDINALS), "end": " ".join(ENDS), "side": " ".join([*SIDES, *CORNERS, "far", "extreme"]),
-    "superlative": "nearest closest furthest farthest", "determiner": "a an the some several both another other this these those any all each its their",
+    "superlative": "nearest closest furthest farthest", "determiner": "a an the some several another other this these those any all each its their",
     "preposition": "in on at to towards toward from near", "relation": " ".join(words.split()[0] for words in RELATIONS),
-    "adverb": "immediately directly just exactly slightly very", "image": "image picture scene photo photograph frame map view",
+    "adverb": "immediately directly just exactly slightly very", "negation": "not no without except isn aren never",
+    "image": "image picture scene photo photograph frame map view",
     "part": "part side hand corner edge border region portion half section area end quarter quadrant margin zone cell third ninth",
     "link": "of also it they that which is are was were be being and but located situated lying lies lie stands standing positioned placed found there position",
     "request": "find search locate show detect identify segment where please for me can you help i want give",
 }
 KIND = {word: kind for kind, words in reversed(LEXICON.items()) for word in words.split()} | {"": "end of text", ",": "link"}
-FOLLOWING = {*"we i he she where because so while as has have contains holds shows appears sits or not no if then here fits matches however when since whose than".split()}
-DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = ({*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
+FOLLOWING = {*"""we i he she where because so while as has have contains holds shows appears sits or not no if then here fits matches however when since whose
+    than""".split()}  # in running text: what comes after a position, and is no noun that it could belong to
+DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = (
+    {*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
 
 # %% ../nbs/03c_grammar.ipynb #c0320f24
 TOKEN = re.compile(r"(?:[ult]-shaped|reddish-brown|medium-sized)\b|[^\W_]+|[^\w\s'’-]")
@@ -91,7 +96,7 @@ def side(words, i):
     if not first: return (CORNERS[words[j]], j + 1) if words[j] in CORNERS else ("", i)
     pair = PAIRS.get((first, SIDES.get(words[j + 1])))
     name, n = (pair, j + 2) if pair else (first, j + 1)
-    if j > i and not name.startswith(("upper", "lower", "middle")): name = name.replace(first, f"far {first}") if not pair else name.replace("the ", "the far ")
+    if j > i and name[:5] not in ("upper", "lower"): name = re.sub(r"(left|right|top|bottom)$", r"far \1", name)
     return name, n
 
 def direction(words, i):
@@ -112,7 +117,7 @@ class Phrase:
     number: int = 1         # "three adjacent tennis courts": 3
     attributes: tuple = ()  # colours and other adjectives in order
     position: str = ""      # absolute, a key of REGIONS
-    order: tuple = ()       # of (k, side): leftmost (1, "left"), third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
+    order: tuple = ()       # of (k, side): third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
     size: str = ""          # as written: "largest", "second largest"
     relations: tuple = ()   # of Relation
     unknown: tuple = ()     # words
@@ -141,7 +146,7 @@ CUE_KINDS = {"colour": "colour", "size": "size", "ordinal": "order", "end": "ord
 def read_modifier(words, i, said):
     "Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if there is none."
     word, kind, n = words[i], KIND.get(words[i]), i + 1
-    if kind == "ordinal" and KIND.get(words[n]) == "size": word, kind, n = f"{word} {words[n]}", "size", n + 1
+    if kind == "ordinal" and KIND.get(words[n]) == "size" and words[n].endswith("est"): word, kind, n = f"{word} {words[n]}", "size", n + 1
     if kind == "size": said.size = f"{said.size} {word}".strip()
     elif kind == "colour" or (kind == "adjective" and words[n] != "to"): said.attributes.append(word)
     elif kind == "number": said.number = NUMBERS[word]
@@ -153,8 +158,10 @@ def read_modifier(words, i, said):
     elif kind == "superlative" and words[n] not in ("to", "from"): said.best = word
     elif kind == "side":
         where, n = direction(words, i)
-        if not where or KIND.get(words[n], "noun") not in ("noun", "colour", "size", "adjective", "number"): return i
-        said.position = said.position or where
+        of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
+        if where and of and KIND.get(words[of]) == "number": kind = "end"; said.order.append((1, where))  # 'the upper of the two ships'
+        elif not where or KIND.get(words[n], "noun") not in ("noun", "colour", "size", "adjective", "number"): return i
+        else: said.position = said.position or where
     elif kind != "determiner": return i
     if kind in CUE_KINDS: said.marks.append([i, CUE_KINDS[kind], " ".join(words[i:n])])
     return n
@@ -177,8 +184,8 @@ def read_noun(words, i, said):
     return i
 
 # %% ../nbs/03c_grammar.ipynb #02223081
-def read_anchors(words, i, said):
-    "([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'."
+def read_anchors(words, i, said, alone=False):
+    "([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'; `alone`: what follows is not theirs."
     found, j = [], i
     while True:
         count, one = len(said.marks), blank(said.marks, said.depth + 1)
@@ -186,16 +193,18 @@ def read_anchors(words, i, said):
         if not one.target or (found and (words[n] in ("is", "are") or words[j] not in KIND)):
             del said.marks[count:]
             return found, i
-        if one.depth < 4 and words[n] not in ("and", ","): n = read_tail(words, n, one)
+        if not alone and one.depth < 4 and words[n] not in ("and", ","): n = read_tail(words, n, one)
         found.append(finish(" ".join(words[j:n]), one)); i, j = n, n + 1
         if words[i] not in ("and", ",") or direction(words, skip(words, j, DETERMINERS))[0]: return found, i
 
+WITH = ("with", "has", "have", "having")  # 'the building with a red roof on the right': the building is on the right
+
 def add_relation(words, start, i, kind, said):
-    "Add the relation that words[start:i] name to the anchors from `i` on; without anchors its words are unknown. The next place."
+    "Add the relation named by words[start:i] to the anchors from `i` on; without anchors its words are unknown. The next place."
     text = " ".join(words[start:i])
     if said.best and words[start] == "to": text, said.best = f"{said.best} to", ""
-    if text not in ("of", "with", "by"): said.marks.append([start, "relation", text])
-    found, n = read_anchors(words, i, said)
+    if text not in ("of", "by", *WITH): said.marks.append([start, "relation", text])
+    found, n = read_anchors(words, i, said, text in WITH)
     if found: said.relations.append(Relation(text, kind, tuple(found)))
     else: said.unknown += words[start:i]
     said.unknown += [word for anchor in found for word in anchor.unknown]
@@ -207,28 +216,31 @@ def kind_of(where):
     return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
 
 def read_place(words, i, said):
-    "Read 'on the far left', 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
+    "Read 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
     start = skip(words, i, ADVERBS)
     best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
     j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
     where, n = direction(words, j)
     if not where or (best and words[start + 1] == "from"): return i
     if where == "right" and j == start and words[n] != "of" and KIND.get(words[n]) in ("relation", "preposition"): return i  # 'right next to'
-    n = skip(words, n, PARTS)
+    kind, n = kind_of(where), skip(words, n, PARTS)
+    if words[n - 1] in PARTS - {"side", "hand"}: kind = ""  # 'at the left end of the runway' is on it
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
     if of and words[of] in IMAGES: n, of = of + 1, 0
     if words[start] == "from" or (best and not of): return add_order(words, start, n, where.replace("far ", ""), said)
-    if of: return add_relation(words, i, n + 1, "near" if best or words[start] == "near" else kind_of(where), said)
-    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return add_relation(words, i, n, kind_of(where), said)  # 'of' is missing
+    if of: return add_relation(words, i, n + 1, "near" if best or words[start] == "near" else kind, said)
+    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return add_relation(words, i, n, kind, said)  # 'of' is missing
     said.marks.append([i, "position", " ".join(words[i:n])])
     if said.position: said.unknown += words[i:n]
     else: said.position = where
     return n
 
+# %% ../nbs/03c_grammar.ipynb #08260ad5
 def add_order(words, start, n, where, said):
     "'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a group may follow. The next place."
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
-    if begun:
+    if not begun and words[start] == "from" and words[n] != "of": said.unknown += words[start:n]  # 'a road from the top to the bottom'
+    elif begun:
         said.order[-1] = (said.order[-1][0], where)
         next(m for m in reversed(said.marks) if m[1] == "order")[2] += f" {text}"
     else:
@@ -249,7 +261,7 @@ def read_group(words, i, said):
         said.position, said.order, said.marks[-1][1] = "", [(1, "middle")], "order"
     return n
 
-# %% ../nbs/03c_grammar.ipynb #08260ad5
+# %% ../nbs/03c_grammar.ipynb #67726d23
 def read_relation(words, i, said):
     "Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next place, `i` if there is none."
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
@@ -275,13 +287,21 @@ def read_late(words, i, said):
     fits = kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from")
     return read_modifier(words, j, said) if fits else i
 
+def read_negation(words, i, said):
+    "Read 'not the red one' and 'without cargo': what is denied stays unknown, to the next comma or 'but'. The next place, `i` if there is none."
+    if KIND.get(words[i]) != "negation" or (words[i] == "no" and words[i + 1] in DETERMINERS): return i  # 'no the left' is a mistyped 'on'
+    n = next(k for k in range(i, len(words)) if words[k] in ("", ",", "but"))
+    said.unknown += words[i:n]
+    return n
+
 FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
+# %% ../nbs/03c_grammar.ipynb #a1c4fa0b
 def read_tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
         n = i
-        for reading in (read_place, read_group, read_late, read_relation, read_again):
+        for reading in (read_negation, read_place, read_group, read_late, read_relation, read_again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
         if n == i and KIND.get(words[i]) not in ("link", "determiner"): said.unknown.append(words[i])
         i = max(n, i + 1)
@@ -311,11 +331,14 @@ def cues(
 
 # %% ../nbs/03c_grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
-    "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1), "middle": (0.3, 0.3, 0.7, 0.7),
+    "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1),
+    "middle": (0.3, 0.3, 0.7, 0.7),
     "left": (0, 0, 0.4, 1), "right": (0.6, 0, 1, 1), "top": (0, 0, 1, 0.4), "bottom": (0, 0.6, 1, 1),
     "far left": (0, 0, 0.35, 1), "far right": (0.65, 0, 1, 1), "far top": (0, 0, 1, 0.35), "far bottom": (0, 0.65, 1, 1),
-    "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7), "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
-    "centre of the far left": (0, 0.3, 0.2, 0.7), "centre of the far right": (0.8, 0.3, 1, 0.7), "centre of the far top": (0.3, 0, 0.7, 0.2), "centre of the far bottom": (0.3, 0.8, 0.7, 1)}
+    "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7),
+    "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
+    "centre of the far left": (0, 0.3, 0.2, 0.7), "centre of the far right": (0.8, 0.3, 1, 0.7),
+    "centre of the far top": (0.3, 0, 0.7, 0.2), "centre of the far bottom": (0.3, 0.8, 0.7, 1)}
 
 # %% ../nbs/03c_grammar.ipynb #5d5dda2a
 def region(

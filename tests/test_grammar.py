@@ -94,6 +94,17 @@ BY_HAND = [  # text, target, and what is not the default
     ("the last plane from the top", "plane", dict(order=((-1, "top"),))),
     ("The only dead tree crown in the image", "tree crown", dict(attributes=("only", "dead"))),
     ("the buses near the right edge", "bus", dict(position="right")),
+    ("The second small-vehicle from the left", "vehicle", dict(order=((2, "left"),), size="small")),
+    ("the upper of the two adjacent ships", "ship", dict(order=((1, "top"),), attributes=("adjacent",))),
+    ("both planes near the terminal", "plane", dict(number=2, relations=[("near", "terminal")])),
+    ("the 3 cars on the left", "car", dict(number=3, position="left")),
+    ("the building with a red roof on the right", "building", dict(position="right", relations=[("", "roof")])),
+    ("the building that has a blue roof", "building", dict(relations=[("", "roof")])),
+    ("the white car among the red cars", "car", dict(attributes=("white",), relations=[("", "car")])),
+    ("the ship that is larger than the white ship", "ship", dict(size="larger", relations=[("", "ship")])),
+    ("the plane at the left end of the runway", "plane", dict(relations=[("", "runway")])),
+    ("the plane on the left side of the runway", "plane", dict(relations=[("left", "runway")])),
+    ("the car on the very left", "car", dict(position="far left")),
 ]
 
 
@@ -113,6 +124,15 @@ def test_a_place_after_an_anchor_belongs_to_the_anchor_and_after_and_to_the_targ
 @pytest.mark.parametrize("text, unknown", [("the zeppelin", ("zeppelin",)), ("the bridge that crosses the river", ("crosses", "river")), ("the samll ship", ("samll",)), ("the ship left of", ("left", "of")),
                                            ("the ship left of the zeppelin", ("zeppelin",)), ("the ship on the left in the middle", ("in", "the", "middle")), ("das Schiff", ("das", "schiff")), ("船", ("船",)), ("", ())])
 def test_what_is_not_understood_is_listed(text, unknown): assert parse_expression(text).unknown == unknown
+
+
+@pytest.mark.parametrize("text, target, unknown, attributes", [
+    ("the car which is not red", "car", ("not", "red"), ()), ("the car that is not red but white", "car", ("not", "red"), ("white",)), ("Not the red car, the bus", "", ("not", "the", "red", "car", "bus"), ()),
+    ("the white ship without a red deck, near the pier", "ship", ("without", "a", "red", "deck"), ("white",)), ("the bridge from the top left of the river", "bridge", (), ()),
+    ("a road from the top to the bottom", "road", ("from", "the", "top"), ())])
+def test_what_is_denied_is_not_taken_for_the_target(text, target, unknown, attributes):
+    p = parse_expression(text)
+    assert (p.target, p.unknown, p.attributes) == (target, unknown, attributes)
 
 
 @pytest.mark.parametrize("text, found", [
