@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'PROMPT_VERSION', 'REPLY_FORMAT', 'OBJECT', 'NO_ANSWER', 'FORMATS', 'NOT_ASKED', 'load_template',
            'write_prompt', 'Question', 'make_question', 'data_url', 'Server', 'make_request', 'content_key', 'Reply',
-           'ReplyCache', 'ask', 'serve_tiny', 'free_port', 'wait_for', 'tiny_server', 'json_objects', 'read_reply',
-           'write_box', 'explain', 'in_threads', 'Meter', 'as_draft', 'answer', 'chat_drafts', 'cost_table']
+           'ReplyCache', 'storable', 'ask', 'serve_tiny', 'free_port', 'wait_for', 'tiny_server', 'json_objects',
+           'read_reply', 'write_box', 'explain', 'in_threads', 'Meter', 'as_draft', 'answer', 'chat_drafts',
+           'cost_table']
 
 # %% ../nbs/05c_chat.ipynb #4e8e3a55
 import base64
@@ -107,8 +108,10 @@ class Server:
 
     def __post_init__(self):
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname: raise ValueError("the server's address must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/v1")
+        parts.port  # raises ValueError beyond 65535
+        if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", self.url): raise ValueError("the server's address must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password or parts.query: raise ValueError("keep the key out of the address: put it into an environment variable and give its name as key_env")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env): raise ValueError("key_env is the name of an environment variable, such as OPENAI_API_KEY, not the key itself")
         if not self.model: raise ValueError(f"which model of {self.url} is to be asked? Give its name as the server calls it")
         if self.workers < 1 or self.max_failures < 1 or self.max_retries < 0 or not self.timeout > 0: raise ValueError("workers and max_failures are at least 1, max_retries at least 0, timeout above 0 seconds")
 
@@ -155,11 +158,13 @@ class Reply(NamedTuple):
     estimated: bool     # True: the server did not say how many
 
 class ReplyCache:
-    "Replies by key in an SQLite file, which several threads and processes may use at once. Raises ValueError for a file that is something else."
+    "Replies by key in an SQLite file, which several threads and processes may use at once. Raises ValueError for a file that is something else, OSError where it cannot be read or written."
 
     def __init__(self, path: str | Path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.db, self.lock = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False), threading.Lock()
+        self.path, self.lock = Path(path), threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try: self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as e: raise OSError(f"{path}: {e}") from None
         try:
             self.execute("PRAGMA journal_mode=WAL")
             self.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT NOT NULL, tokens INTEGER NOT NULL, estimated INTEGER NOT NULL, time REAL NOT NULL)")
@@ -167,7 +172,11 @@ class ReplyCache:
         except sqlite3.DatabaseError as e: raise ValueError(f"{path} is not a cache of replies ({e}): name another file") from None
 
     def execute(self, *command):
-        with self.lock: return self.db.execute(*command).fetchall()
+        try:
+            with self.lock: return self.db.execute(*command).fetchall()
+        except sqlite3.OperationalError as e:  # no space, no right to write, locked for a minute
+            if e.sqlite_errorcode == sqlite3.SQLITE_ERROR: raise  # a table of other columns
+            raise OSError(f"{self.path}: {e}") from None
 
     def get(self, key: str) -> Reply | None:
         found = self.execute("SELECT text, finish_reason, tokens, estimated FROM replies WHERE key = ?", (key,))
@@ -182,6 +191,10 @@ class ReplyCache:
         with self.lock: self.db.close()
 
 # %% ../nbs/05c_chat.ipynb #724dc099
+def storable(text: str) -> str:
+    "The text with half surrogate pairs, which no file can hold, replaced by '?'."
+    return text.encode(errors="replace").decode()
+
 def ask(
     client: openai.OpenAI,
     body: dict,        # of `make_request`
@@ -190,13 +203,17 @@ def ask(
     "The server's reply. Raises openai.OpenAIError or ValueError if there is none."
     rest = {k: v for k, v in body.items() if k not in ("model", "messages")}
     came = client.chat.completions.create(model=body["model"], messages=body["messages"], extra_body=rest)
-    choice = (getattr(came, "choices", None) or [None])[0]
-    if not hasattr(choice, "message") or not isinstance(choice.message.content or "", str): raise ValueError("what came back is not a chat completion: does the address end in /v1?")
-    if choice.finish_reason in (None, "abort", "error"): raise ValueError(f"the server broke off its reply (finish_reason {choice.finish_reason!r})")
-    text, usage = (choice.message.content or "").encode(errors="replace").decode(), came.usage  # half a surrogate pair cannot be stored
-    if usage and usage.prompt_tokens: return Reply(text, choice.finish_reason, usage.prompt_tokens + (usage.completion_tokens or 0), False)
+    try:
+        choice, usage = came.choices[0], came.usage
+        text, reason = choice.message.content or getattr(choice.message, "refusal", None) or "", choice.finish_reason
+        tokens = usage.prompt_tokens and usage.prompt_tokens + (usage.completion_tokens or 0) if usage else 0
+    except (AttributeError, IndexError, KeyError, TypeError): raise ValueError("what came back is not a chat completion: does the address end in /v1?") from None
+    if reason in (None, "abort", "error"): raise ValueError(f"the server broke off its reply (finish_reason {reason!r})")
+    if not isinstance(text, str) or not isinstance(reason, str): raise ValueError("what came back is not a chat completion: its content is not a text")
+    text = storable(text)
+    if tokens: return Reply(text, reason, tokens, False)
     letters = len(body["messages"][0]["content"][1]["text"]) + len(text)
-    return Reply(text, choice.finish_reason, letters // 4 + pixels // 28 ** 2, True)  # four letters a token, Qwen2.5-VL's 28 x 28 pixels a token
+    return Reply(text, reason, letters // 4 + pixels // 28 ** 2, True)  # four letters a token, Qwen2.5-VL's 28 x 28 pixels a token
 
 # %% ../nbs/05c_chat.ipynb #da2032d5
 def serve_tiny(
@@ -282,7 +299,7 @@ def explain(
 ) -> str:
     "Why a row has no reply, in one line. Raises ValueError where no row can ever get one: HTTP 401, 403, 404."
     tries = f"asked {server.max_retries + 1} times" if server.max_retries else "asked once"
-    key, quote = os.environ.get(server.key_env, "").strip(), " ".join(str(error).split())
+    key, quote = os.environ.get(server.key_env, "").strip(), storable(" ".join(str(error).split()))
     quote = (quote.replace(key, "…") if key else quote)[:200]
     if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
         raise ValueError(f"{server.url} refuses the key (HTTP {error.status_code}): put a valid one into the environment variable {server.key_env}, which is {'set' if key else 'not set'}") from None
@@ -342,7 +359,8 @@ def as_draft(reply: Reply, server: Server, cached: bool) -> Draft:
     "The draft made of a reply, with where it comes from."
     text = read_reply(reply.text)
     details = dict(teacher=server.model, prompt_version=PROMPT_VERSION, tokens=reply.tokens, estimated=reply.estimated, finish_reason=reply.finish_reason, cached=cached)
-    return Draft(text, "" if text else f"the reply is empty (finish_reason {reply.finish_reason!r})", details)
+    trouble = "" if text else f"the reply is empty (finish_reason {reply.finish_reason!r}{': max_tokens is too small' if reply.finish_reason == 'length' else ''})"
+    return Draft(text, trouble, details)
 
 def answer(question: Question, client, server: Server, store: ReplyCache, formats: list) -> Draft:
     "The draft from a reply, which is stored first. A format that the server refuses is taken off the list."
@@ -370,7 +388,7 @@ def chat_drafts(
     "One Draft a row, in order; `trouble` says why a row has none. Raises ValueError if the server refuses every row. Run it again to go on: a row that was answered is not asked twice."
     client, store, formats, meter = server.connect(), ReplyCache(cache), FORMATS[server.structured].copy(), Meter(budget, limit, server.max_failures)
     plain = rows.select_columns(["image", "expression", "box", "width", "height"]).cast_column("image", Image(decode=False))
-    bar, drafts, asked, answers = tqdm(plain, desc="asking the teacher", unit=" rows", delay=3), {}, {}, {}
+    bar, drafts, asked, answers = tqdm(plain, desc="asking the teacher", unit=" rows", delay=3, mininterval=1), {}, {}, {}
     def questions():
         for k, row in enumerate(bar):
             try: question = make_question(row, codec)

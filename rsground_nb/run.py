@@ -6,7 +6,7 @@
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'whole_path', 'new_run',
            'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser', 'parser',
            'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
-           'split_command', 'student_of', 'cot_command', 'main']
+           'split_command', 'student_of', 'server_of', 'cot_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -221,7 +221,7 @@ def parser():
     cot.add_argument("--data", default="scenes", help='as for run; default "scenes"')
     cot.add_argument("--split", default="train", help="default train")
     cot.add_argument("--scale", default="smoke", help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
-    cot.add_argument("--seed", type=int, default=0, help="of the phrasings and of the samples on the page; default 0")
+    cot.add_argument("--seed", type=int, default=0, help="of drawn scenes, of the phrasings or the chat teacher's sampling, and of the samples on the page; default 0")
     cot.add_argument("--limit", type=int, help="the first so many rows only")
     cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate convention of chapter 01 such as qwen3_vl; default: the model of the scale')
     cot.add_argument("--max-pixels", type=int, help="of the student's pictures; default: those of the scale")
@@ -232,6 +232,7 @@ def parser():
     cot.add_argument("--model", help="its name on the server")
     cot.add_argument("--key-env", default="OPENAI_API_KEY", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
     cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
+    cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
     data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
     doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
@@ -365,16 +366,25 @@ def student_of(args):
     try: return student_codec(name, most)
     except OSError: raise ValueError(f"the student {name!r} cannot be read here: name a folder, or a coordinate convention ({', '.join(NOTATION)})") from None
 
+def server_of(args):
+    "The chat teacher that the options mean, or None for the rule teacher. Raises ValueError for options that do not fit together."
+    from rsground_nb.chat import Server
+    if args.teacher == "rule":
+        if args.url or args.model or args.settings or args.budget is not None: raise ValueError("--url, --model, --settings and --budget are for --teacher chat")
+        return None
+    if not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
+    try: return Server(args.url, args.model, **{"key_env": args.key_env, "workers": args.workers, "seed": args.seed, **json.loads(args.settings or "{}")})
+    except (TypeError, json.JSONDecodeError) as e: raise ValueError(f"--settings {args.settings}: {e}") from None
+
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
-    from rsground_nb.chat import Server
     from rsground_nb.data import load_data
     from rsground_nb.synthesis import count_verdicts, make_chains
     try:
-        if args.teacher == "chat" and not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
-        if args.limit is not None and args.limit < 1: raise ValueError(f"--limit {args.limit}: at least 1")
+        for name, least in (("limit", 1), ("max_pixels", 1), ("budget", 1), ("samples", 0), ("seed", 0)):
+            if getattr(args, name) is not None and getattr(args, name) < least: raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
         if not 0 <= args.lowest_iou <= 1: raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
-        codec, server = student_of(args), Server(args.url, args.model, key_env=args.key_env, workers=args.workers) if args.teacher == "chat" else None
+        server, codec = server_of(args), student_of(args)
         splits, _ = load_data(args.data, get_scale(args.scale), args.seed)
         if args.split not in splits: raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
         rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]), len(splits[args.split]))))

@@ -34,6 +34,10 @@ def reply_to(body, fault):
     made = {**GOOD, "choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}]}
     if fault == "nousage": made.pop("usage")
     if fault == "nochoices": made = {"error": {"message": "upstream is busy"}}
+    if fault == "oddchoices": made["choices"] = {"0": "a"}
+    if fault == "oddusage": made["usage"] = ["many"]
+    if fault == "refusal": made["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I will not look at this."}
+    if fault == "thinks": made["choices"][0] = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": None, "reasoning_content": "Hm, let me see"}}
     return made
 
 
@@ -64,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if name == "429": return self.error(429, "too many requests", Retry_After=value or "1")
         if name == "close": return self.close()
         if name == "html": return self.send(200, b"<html>Please log in</html>", "text/html")
-        if name.isdigit(): return self.error(int(name), f"HTTP {name} for the key {key}")
+        if name.isdigit(): return self.error(int(name), f"HTTP {name} for the key {key}" + "\ud83d" * (value == "surrogate"))
         if name == "noformat" and "response_format" in body: return self.error(400, "response_format is not supported")
         data = json.dumps(reply_to(body, name)).encode()
         if name == "cut": return self.send(200, data[:len(data) // 2], length=len(data)) or self.close()

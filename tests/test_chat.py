@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 from benchmark_chat import kill_test
 from conftest import ROOT
 from rsground_nb.boxes import Codec, parse_completion
-from rsground_nb.chat import (PROMPT_VERSION, TEMPLATE, ReplyCache, Server, chat_drafts, content_key, cost_table, data_url, free_port, in_threads, make_question,
+from rsground_nb.chat import (PROMPT_VERSION, TEMPLATE, Reply, ReplyCache, Server, chat_drafts, content_key, cost_table, data_url, free_port, in_threads, make_question,
                               read_reply, wait_for, write_prompt)
 from rsground_nb.data import to_dataset
 from rsground_nb.scenes import scene_records
@@ -84,7 +84,7 @@ def test_what_passes_is_waited_for(faulty, tmp_path, fault):
     if fault == "429=1": assert s.log()[1]["time"] - s.log()[0]["time"] >= 1
 
 
-@pytest.mark.parametrize("fault, said", [("500", "HTTP 500"), ("429=0.1", "429"), ("halfjson", "ends in the middle"), ("html", "not a chat completion"), ("nochoices", "not a chat completion"), ("abort", "broke off"),
+@pytest.mark.parametrize("fault, said", [("500", "HTTP 500"), ("429=0.1", "429"), ("halfjson", "ends in the middle"), ("html", "not a chat completion"), ("nochoices", "not a chat completion"), ("oddchoices", "not a chat completion"), ("oddusage", "not a chat completion"), ("abort", "broke off"),
                                          ("400", "400"), ("close", "no connection"), ("slow=3", "no reply within 1 s, asked once")])
 def test_what_does_not_pass_is_told_and_not_remembered(faulty, tmp_path, fault, said):
     s = faulty(fault)
@@ -142,6 +142,20 @@ def test_an_empty_reply_is_trouble_and_paid_once(faulty, tmp_path):
     s = faulty("always:empty")
     for _ in range(2): assert "empty" in draw(s.server(), tmp_path, 1)[0].trouble
     assert len(s.log()) == 1
+
+
+def test_thoughts_that_use_up_the_limit_are_told(faulty, tmp_path):
+    assert "max_tokens is too small" in draw(faulty("thinks").server(), tmp_path, 1)[0].trouble
+
+
+def test_a_refusal_is_passed_on_in_its_words(faulty, tmp_path):
+    d = draw(faulty("refusal").server(), tmp_path, 1)[0]
+    assert d.completion == "I will not look at this." and not d.trouble
+
+
+def test_half_a_surrogate_pair_in_an_error_can_be_stored(faulty, tmp_path):
+    d = draw(faulty("500=surrogate").server(max_retries=0), tmp_path, 1)[0]
+    assert "HTTP 500" in d.trouble and d.trouble.encode()
 
 
 def test_half_a_surrogate_pair_can_be_stored(faulty, tmp_path):
@@ -288,10 +302,25 @@ def test_another_address_or_key_does_not_change_it(monkeypatch):
     assert keys == {content_key(HERE, make_question(PLAIN[0], CODEC), True)}
 
 
-@pytest.mark.parametrize("url, model, said", [("localhost:8000/v1", "m", "http://"), ("ftp://h/v1", "m", "http://"), ("", "m", "http://"), ("https://u:sk-secret@h/v1", "m", "key_env"), ("https://h/v1?key=sk-secret", "m", "key_env"), ("http://h/v1", "", "which model")])
+@pytest.mark.parametrize("url, model, said", [("localhost:8000/v1", "m", "http://"), ("ftp://h/v1", "m", "http://"), ("", "m", "http://"), ("https://u:sk-secret@h/v1", "m", "key_env"), ("https://h/v1?key=sk-secret", "m", "key_env"), ("http://h/v1", "", "which model"),
+                                              ("http://h:99999/v1", "m", "[Pp]ort"), ("http://a b/v1", "m", "http://")])
 def test_a_server_that_cannot_be_meant_is_refused(url, model, said):
     with pytest.raises(ValueError, match=said) as caught: Server(url, model)
     assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_given_for_its_name_is_not_shown():
+    with pytest.raises(ValueError, match="not the key itself") as caught: Server("http://h/v1", "m", key_env="sk-secret")
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder: unable to open"): ReplyCache(tmp_path / "folder")
+    store = ReplyCache(tmp_path / "replies.sqlite")
+    store.execute("PRAGMA max_page_count = 4")  # what SQLite says of a full disk
+    with pytest.raises(OSError, match="replies.sqlite: .*full"): store.put("k", Reply("long " * 9999, "stop", 1, False))
+    assert store.get("k") is None
 
 
 def test_a_key_with_a_line_break_is_not_shown(monkeypatch):

@@ -2,13 +2,16 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from rsground_nb import scenes
+from rsground_nb import scenes, synthesis
 from rsground_nb.boxes import Codec
+from rsground_nb.chat import Server
 from rsground_nb.cot import RULE_VERSION, Draft, rule_drafts
 from rsground_nb.data import load_data, load_folder, to_dataset
 from rsground_nb.filters import CODES
@@ -100,11 +103,55 @@ def test_the_same_work_twice_is_the_same_and_other_work_is_refused(rows, tmp_pat
     assert (tmp_path / "c" / "chains.jsonl").read_bytes() == kept
 
 
-def test_an_interrupted_work_is_done_again(rows, tmp_path):
-    first = make_chains(rows, CODEC, tmp_path / "c")
-    (tmp_path / "c" / "made_by.json").unlink()
-    (tmp_path / "c" / "chains.jsonl").write_text("{half")
-    assert make_chains(rows, CODEC, tmp_path / "c").to_dict("records") == first.to_dict("records") == read_table(tmp_path / "c" / "chains.jsonl").to_dict("records")
+def test_an_interrupted_work_is_done_again_and_other_work_is_refused(rows, tmp_path, monkeypatch):
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(synthesis, "write_audit", stop)
+        with pytest.raises(KeyboardInterrupt): make_chains(rows, CODEC, tmp_path / "c")
+    with pytest.raises(ValueError, match="not a finished folder"): load_chains(tmp_path / "c", rows, CODEC)
+    with pytest.raises(ValueError, match="holds another run"): make_chains(rows, CODEC, tmp_path / "c", seed=1)
+    made = make_chains(rows, CODEC, tmp_path / "c")
+    assert made.to_dict("records") == read_table(tmp_path / "c" / "chains.jsonl").to_dict("records")
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["audit.html", "chains.jsonl", "counts.csv", "made_by.json"]
+
+
+def test_a_file_of_somebody_else_is_left_alone(rows, tmp_path):
+    (tmp_path / "chains.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="without the slip"): make_chains(rows, CODEC, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["chains.jsonl"] and (tmp_path / "chains.jsonl").read_text() == "mine"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    (tmp_path / "a.html").write_text("old")
+    def full(self, *args, **kw): self.touch(); raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"): synthesis.write_whole(tmp_path / "a.html", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.html"] and (tmp_path / "a.html").read_text() == "old"
+
+
+def test_a_chat_teacher_asked_in_another_way_is_other_work(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "chat_drafts", lambda rows, *a: [Draft(trouble="not asked: a test")] * len(rows))
+    server = Server("http://127.0.0.1:1/v1", "m")
+    make_chains(rows, CODEC, tmp_path / "c", replace(server, url="http://127.0.0.1:2/v1", workers=1))
+    make_chains(rows, CODEC, tmp_path / "c", server)
+    for other in (dict(temperature=1.0), dict(model="n"), dict(seed=1), dict(max_tokens=9)):
+        with pytest.raises(ValueError, match="holds another run"): make_chains(rows, CODEC, tmp_path / "c", replace(server, **other))
+
+
+def test_a_row_whose_image_is_gone_keeps_its_card_without_a_picture(mixed, tmp_path):
+    records = list(scene_records(12, 0))
+    records[0]["image"], records[1]["image"] = {"bytes": b"no picture", "path": None}, {"bytes": None, "path": str(tmp_path / "gone.png")}
+    broken = to_dataset(records)
+    table = judge(broken, mixed, CODEC)
+    write_audit(broken, table, CODEC, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("The image cannot be read.") == 2 and page.count("data:image/png") == 10
+    assert (training_rows(broken, table)["expression_id"][:] == [r["expression_id"] for r, v in zip(records, table.verdict) if v == "ok"])
+
+
+def test_choosing_rows_copies_no_picture(rows, mixed, monkeypatch):
+    monkeypatch.setattr(Dataset, "flatten_indices", lambda self, **kw: pytest.fail("pictures are copied"))
+    assert len(training_rows(rows, judge(rows, mixed, CODEC))) == 9
 
 
 def test_the_audit_page_stands_alone_shows_every_verdict_and_escapes_what_it_quotes(rows, mixed, tmp_path):
@@ -143,17 +190,22 @@ def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
     assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
 
 
+CHAT = ["--teacher", "chat", "--url", "http://127.0.0.1:1/v1", "--model", "m"]
+
+
 def test_the_command_writes_and_repeats_and_refuses(tmp_path, capsys):
     words = ["cot", "--out", str(tmp_path / "c"), "--limit", "20", "--samples", "2"]
     assert main(words) == 0 == main(words)
     said = capsys.readouterr().out
     assert re.search(r"ok +20 ", said) and "audit.html" in said
     made = json.loads((tmp_path / "c" / "made_by.json").read_text())
-    assert made["teacher"] == "rule" and made["prompt_version"] == RULE_VERSION and made["rows"] == 20
+    assert made["teacher"] == "rule" and made["prompt_version"] == RULE_VERSION and made["rows"] == 20 and "asked" not in made
     page = (tmp_path / "c" / "audit.html").read_text()
     assert "commit" in page and "seed" in page and page.count('<div class="card">') == 2
     for more, message in ((["--seed", "1"], "holds another run"), (["--split", "dev"], "has no split 'dev'"), (["--teacher", "chat"], "needs --url and --model"),
-                          (["--limit", "0"], "at least 1"), (["--student", "no/such/model"], "cannot be read here"), (["--scale", "big"], "unknown scale"), (["--data", "no/such"], "is not a folder"), (["--lowest-iou", "2"], "--lowest-iou 2.0 is outside")):
+                          (["--limit", "0"], "at least 1"), (["--student", "no/such/model"], "cannot be read here"), (["--scale", "big"], "unknown scale"), (["--data", "no/such"], "is not a folder"), (["--lowest-iou", "2"], "--lowest-iou 2.0 is outside"),
+                          (["--samples", "-1"], "--samples -1: at least 0"), (["--seed", "-1"], "--seed -1: at least 0"), (["--max-pixels", "0"], "--max-pixels 0: at least 1"), (["--budget", "9"], "are for --teacher chat"),
+                          (CHAT + ["--budget", "0"], "--budget 0: at least 1"), (CHAT + ["--settings", "{"], "--settings {"), (CHAT + ["--settings", '{"top_p": 1}'], "top_p"), (CHAT + ["--key-env", "sk-secret"], "not the key itself")):
         assert main([*words, *more]) == 2, more
         assert message in capsys.readouterr().err, more
     assert main(["cot", "--out", str(tmp_path / "q"), "--limit", "5", "--student", "qwen3_vl"]) == 0
