@@ -487,11 +487,11 @@ def pick_faults(read, known):
         pick = next((w for w in n.words if w in PICKS and w not in known.said), None)
         if pick is None or is_plural(n) or negated(read, n.start) or RELATION.search(read.text, n.end, n.end + 30): continue
         link = read.text[read.nouns[k - 1].end:n.start] if k and read.nouns[k - 1].sentence == n.sentence else ""
-        subject = k if k in read.spots else k - 1 if re.fullmatch(r"(?: ?\([^)]*\),?| at| near| around| itself)* (?:is|was|must be|appears to be|seems)(?: also| clearly| therefore| thus| indeed)? ?", link) else None
-        these = None if subject is None else boxes_of(subject, read, known)
+        about = k if k in read.spots else k - 1 if re.fullmatch(r"(?: ?\([^)]*\),?| at| near| around| itself)* (?:is|was|must be|appears to be|seems)(?: also| clearly| therefore| thus| indeed)? ?", link) else None
+        these = None if about is None else boxes_of(about, read, known)
         if not these: continue
         rivals = things_named(n._replace(kind=n.kind if n.kind else "target"), known)
-        if not any(leads(b, rivals, *PICKS[pick], known) for b in these): faults.append(Fault("contradiction", f"says {pick!r} of {thing(subject, read, known)}"))
+        if not any(leads(b, rivals, *PICKS[pick], known) for b in these): faults.append(Fault("contradiction", f"says {pick!r} of {thing(about, read, known)}"))
     return faults
 
 def leads(box, rivals, axis, sign, known):

@@ -130,11 +130,11 @@ def scores(truth, found):
 
 BLIND = [json.loads(line) for line in (Path(__file__).parent / "blind_chains.jsonl").read_text(encoding="utf-8").splitlines()]
 
-MEASURED = {"dev": {}, "test": {"ok": (0.985, 0.852), "missing_step": (1.0, 0.894), "wrong_frame": (0.95, 1.0), "wrong_box": (0.941, 1.0), "leak": (0.714, 1.0), "contradiction": (0.666, 0.923)}}  # 1 and 1 where nothing is said
+MEASURED = {"dev": {}, "test": {"ok": (0.985, 0.884), "missing_step": (1.0, 0.894), "wrong_frame": (0.95, 1.0), "wrong_box": (0.941, 1.0), "leak": (0.857, 1.0), "contradiction": (0.666, 0.923)}}  # 1 and 1 where nothing is said
 
 @pytest.mark.parametrize("half", ["dev", "test"])
 def test_chains_of_another_author(half):
-    """Written without knowledge of the filters. Failures of the half `dev` were read and mended; of the half `test` only these numbers were looked at, four times. The bars are what was measured."""
+    """Written without knowledge of the filters. Failures of the half `dev` were read and mended; of the half `test` only these numbers were looked at, four times by the first author of the filters and once by the second. The bars are what was measured."""
     lines = [x for x in BLIND if x["half"] == half]
     found = [verdict(find_faults(x["text"], x, Codec(x["codec"], max_pixels=x["max_pixels"]))) for x in lines]
     measured = scores([x["defect"] for x in lines], found)
@@ -146,7 +146,7 @@ def test_sentences_written_before_the_patterns_were_read():
     sentences = json.loads((Path(__file__).parent / "claims.json").read_text(encoding="utf-8"))
     truth, found = zip(*((x["defect"], verdict(find_faults(x["text"], sentences["scenes"][x["scene"]], Codec()))) for x in sentences["rows"]))
     measured = scores(truth, found)
-    assert measured["leak"] == (1, 1) and measured["contradiction"] >= (0.933, 0.98) and measured["ok"] >= (0.99, 0.97), measured
+    for name, bars in {"leak": (1, 1), "contradiction": (0.933, 0.982), "ok": (0.992, 0.972)}.items(): assert all(m >= bar - 1e-3 for m, bar in zip(measured[name], bars)), (name, measured[name])
 
 
 def test_the_rule_teacher_keeps_all_2000():
