@@ -10,7 +10,7 @@ __all__ = ['CODES', 'THOUGHT', 'PLAIN_SIGNS', 'CUT_OFF', 'ANSWER', 'NUMBER', 'RA
            'A_BOX', 'THING', 'PLACE', 'GIVEN', 'PRIOR', 'SOURCE', 'SHOWN', 'MY_TASK', 'IN_TASK', 'THE', 'LEAKS',
            'Fault', 'verdict', 'tidy', 'take_apart', 'Place', 'places', 'other_frames', 'readings', 'other_convention',
            'box_faults', 'singular', 'plain', 'anchors_of', 'Known', 'known_things', 'Noun', 'gather', 'kind_of',
-           'nouns_in', 'stand_ins', 'Reading', 'is_plural', 'verb_between', 'owner', 'subject', 'sole_of',
+           'nouns_in', 'stand_ins', 'is_plural', 'sole_of', 'Reading', 'verb_between', 'owner', 'subject',
            'read_thought', 'near', 'is_target', 'boxes_of', 'things_named', 'negated', 'sentence_of', 'side_of_box',
            'quantifier', 'in_corner', 'position_faults', 'thing', 'relation_faults', 'stands', 'place_faults',
            'count_faults', 'pick_faults', 'leads', 'step_faults', 'place_words', 'elsewhere_faults', 'leak_faults',
@@ -279,6 +279,13 @@ def stand_ins(nouns, own):
             here.append(refers[-1]); past = [*past[-8:], refers[-1]]
     return refers
 
+def is_plural(noun): return singular(noun.words[-1]) != noun.words[-1]
+
+def sole_of(nouns, own):
+    "Index of the first noun of the target's kind if all of them are one and the same 'a ship', else -1."
+    named = [k for k, n in enumerate(nouns) if n.kind == own or n.words[-1] in ("target", "one", "object")]
+    return named[0] if len({nouns[k].words for k in named}) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
+
 # %% ../nbs/05b_filters.ipynb #83940628
 class Reading(NamedTuple):
     "A thought and the things that it speaks of."
@@ -290,8 +297,6 @@ class Reading(NamedTuple):
     where: list   # of `positions`
     found: list   # of `places`, in original pixels
     sole: int     # index of 'a ship' if it is the only thing of the target's kind that is named and no pronoun, else -1
-
-def is_plural(noun): return singular(noun.words[-1]) != noun.words[-1]
 
 def verb_between(read, k, start): return not VERBS.isdisjoint(re.findall("[a-z]+", read.text[read.nouns[k].end:start]))
 
@@ -312,11 +317,6 @@ def subject(read, start):
     "As `owner`; for a pronoun the noun that it means."
     k = owner(read, start)
     return None if k is None else read.refers[k]
-
-def sole_of(nouns, own):
-    "Index of the first noun of the target's kind if all of them are one and the same 'a ship', else -1."
-    named = [k for k, n in enumerate(nouns) if n.kind == own or n.words[-1] in ("target", "one", "object")]
-    return named[0] if len({nouns[k].words for k in named}) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
 
 def read_thought(thought, known, found, codec):
     "The Reading of a thought; `found` are its `places`."
