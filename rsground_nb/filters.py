@@ -4,35 +4,28 @@
 
 # %% auto #0
 __all__ = ['CODES', 'THOUGHT', 'PLAIN_SIGNS', 'CUT_OFF', 'ANSWER', 'NUMBER', 'RANGE', 'ABOUT', 'PLACES', 'FRAME_IOU', 'WORDS',
-           'STOP', 'ARTICLES', 'NUMBERS', 'BEFORE', 'VERBS', 'HALT', 'SIDES', 'NO_THING', 'TASK', 'ONES', 'CHOICE',
-           'PAINT', 'HUES', 'ALIKE', 'WANTED', 'SLACK', 'NEGATED', 'OF_A_THING', 'NOTHING', 'EDGE', 'IS_SUBJECT',
-           'RELATION', 'AXES', 'EXACT', 'SEEN', 'PLAIN_END', 'PICKS', 'OF_ALL', 'BEST', 'AS_PICK', 'MORE_NAMES',
-           'IN_NUMBERS', 'WHERE', 'REJECTED', 'A_BOX', 'NUMBERS_TOO', 'SOURCE', 'OWN_TASK', 'LEAKS', 'PLANTED',
-           'OPPOSITE', 'WORDING', 'SPOTS', 'NO_THOUGHT', 'NO_BOX', 'Fault', 'verdict', 'take_apart', 'Place', 'places',
-           'other_frames', 'readings', 'other_convention', 'box_faults', 'singular', 'plain', 'anchors_of', 'Known',
-           'known_things', 'Noun', 'gather', 'kind_of', 'nouns_in', 'stand_ins', 'Reading', 'is_plural', 'owner',
-           'sole_of', 'read_thought', 'near', 'is_target', 'boxes_of', 'things_named', 'negated', 'sentence_of',
-           'side_of_box', 'position_faults', 'thing', 'relation_faults', 'stands', 'place_faults', 'count_faults',
-           'pick_faults', 'best_faults', 'leads', 'step_faults', 'place_words', 'elsewhere_faults', 'of_another_kind',
-           'leak_faults', 'find_faults', 'wordings', 'planted_row', 'opposite', 'in_words', 'in_figures', 'facts',
-           'whole', 'moved', 'outside_box', 'other_box', 'prose', 'by_rule', 'untrue', 'misplaced', 'with_leak',
-           'plant', 'planted_chains']
+           'STOP', 'ARTICLES', 'NUMBERS', 'BEFORE', 'VERBS', 'POINTERS', 'HALT', 'SIDES', 'NO_THING', 'TASK', 'FINDS',
+           'UNCLEAR', 'ONES', 'CHOICE', 'PAINT', 'HUES', 'ALIKE', 'JOINED', 'SLACK', 'NEGATED', 'REJECTED', 'NOTHING',
+           'EDGE', 'IS_SUBJECT', 'RELATION', 'AXES', 'EXACT', 'SEEN', 'PLAIN_END', 'PICKS', 'MORE_NAMES', 'WHERE',
+           'A_BOX', 'THING', 'PLACE', 'GIVEN', 'PRIOR', 'SOURCE', 'SHOWN', 'MY_TASK', 'IN_TASK', 'THE', 'LEAKS',
+           'Fault', 'verdict', 'tidy', 'take_apart', 'Place', 'places', 'other_frames', 'readings', 'other_convention',
+           'box_faults', 'singular', 'plain', 'anchors_of', 'Known', 'known_things', 'Noun', 'gather', 'kind_of',
+           'nouns_in', 'stand_ins', 'is_plural', 'sole_of', 'Reading', 'verb_between', 'owner', 'subject',
+           'read_thought', 'near', 'is_target', 'boxes_of', 'things_named', 'negated', 'sentence_of', 'side_of_box',
+           'quantifier', 'in_corner', 'position_faults', 'thing', 'relation_faults', 'stands', 'place_faults',
+           'count_faults', 'pick_faults', 'leads', 'step_faults', 'place_words', 'elsewhere_faults', 'leak_faults',
+           'find_faults']
 
 # %% ../nbs/05b_filters.ipynb #fdc20f18
-import json
 import re
 from bisect import bisect, bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from typing import NamedTuple
 
-import numpy as np
-
-from .boxes import BOX, Codec, area, between, iou
-from .cot import write_chain
+from .boxes import BOX, Codec, area, iou
 from .grammar import NOUNS, Phrase, in_region, parse_expression, positions, region
-from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, choose, get_rules, make_scene
+from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES
 
 # %% ../nbs/05b_filters.ipynb #1c900bbd
 @dataclass(frozen=True)
@@ -65,24 +58,23 @@ PLAIN_SIGNS = str.maketrans("’‘“”‑‐−", "''\"\"---")
 CUT_OFF = re.compile(r"\s*<think>((?:(?!</?(?:think|answer)>).)*)", re.S)  # the thought has begun, and the text ends in it
 ANSWER = re.compile(r"\s*<answer>\s*" + BOX.pattern + r"\s*</answer>\s*")
 
+def tidy(thought):
+    "In lower case and single blanks, with plain signs; 'I've' is 'I have', 'left-hand' is 'left'."
+    text = " ".join(thought.lower().translate(PLAIN_SIGNS).split())
+    for short, full in (("'ve ", " have "), ("'m ", " am "), ("'re ", " are ")): text = text.replace(short, full)
+    return re.sub(r"\b(left|right)[- ]hand\b", r"\1", text)
+
 def take_apart(
     text: str,  # one completion
 ) -> tuple:
-    "(thought in lower case and single blanks, box as written, faults no_thought and no_box); '' and None where they are missing. Without these faults the format reward of chapter 07 pays."
+    "(thought, tidied; box as written; faults no_thought and no_box); '' and None where they are missing. Without these faults the format reward of chapter 07 pays."
     if not isinstance(text, str): text = ""
-    faults, count = [], {tag: text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")}
-    found = THOUGHT.match(text)
-    cut = CUT_OFF.fullmatch(text)
-    thought = re.sub(r"\b(left|right)[- ]hand\b", r"\1", " ".join((found or cut)[1].lower().translate(PLAIN_SIGNS).replace("'ve ", " have ").replace("'m ", " am ").split())) if found or cut else ""
-    if not thought:
-        why = "nothing stands in <think></think>" if found else "the text does not begin with <think>…</think>"
-        faults.append(Fault("no_thought", why + f" (<think> {count['<think>']} times, </think> {count['</think>']} times)" * (not found)))
-    end = text[found.end():] if found else text[max(0, text.rfind("<answer>")):]
-    answer = ANSWER.fullmatch(end)
+    found, cut, faults = THOUGHT.match(text), CUT_OFF.fullmatch(text), []
+    thought = tidy((found or cut)[1]) if found or cut else ""
+    if not thought: faults.append(Fault("no_thought", "nothing stands in <think></think>" if found else "the text does not begin with <think>…</think>"))
+    answer = ANSWER.fullmatch(text[found.end():] if found else text[max(0, text.rfind("<answer>")):])
     if answer: return thought, tuple(map(float, answer.groups())), faults
-    once = count["<answer>"] == count["</answer>"] == 1
-    why = "the text ends within the thought" if cut else f"the text ends with {end.strip()[-60:]!r}" if once else f"<answer> stands {count['<answer>']} times, </answer> {count['</answer>']} times"
-    return thought, None, [*faults, Fault("no_box", why)]
+    return thought, None, [*faults, Fault("no_box", "the text ends within the thought" if cut else f"the text ends with {text.strip()[-60:]!r}")]
 
 # %% ../nbs/05b_filters.ipynb #69a41db1
 NUMBER = r"[~≈]? ?(-?[0-9]{1,6}(?:\.[0-9]{1,6})?) ?(?:px|pixels)?"
@@ -154,18 +146,21 @@ NUMBERS = {w: k for k, w in enumerate("no one two three four five six seven eigh
 BEFORE = set("of in at on to from by with near beside above below under over between behind along past than inside within around across toward towards against next".split())
 VERBS = set("""is are was were be been being has have had lies lie lay lying sits sit sitting stands stand standing rests appears appear located situated placed positioned found occupies occupy remains
     seems must should can could would will falls fall shows contains holds parked moored docked visible seen""".split())
+POINTERS = {*ARTICLES, *NUMBERS, *"it its they their which that this who these those".split()}
 HALT = BEFORE | VERBS | set("""and or nor but which that who where while as if not it they there here i we you so then just also too very matches fits fit find finding see look looking run running
     going pointing facing closest nearest furthest farthest directly immediately""".split())
 SIDES = set("left right top bottom upper lower middle center centre central far".split())
 NO_THING = SIDES | set("""part side corner edge area border region portion half third quarter quadrant section end margin zone strip image picture photo photograph scene frame view map tile sentence
     description expression phrase query request question instruction text wording cue clue attention focus eye search gaze step coordinate axis direction way place position location spot distance size shape
-    colour color look row column list order pixel unit left-hand right-hand top-left top-right bottom-left bottom-right upper-left upper-right lower-left lower-right rest case time""".split())
+    colour color look row column list order pixel unit left-hand right-hand top-left top-right bottom-left bottom-right upper-left upper-right lower-left lower-right rest case time north south east west""".split())
 TASK = set("target object answer referent box one candidate item thing".split())
+FINDS = set("find locate choose pick take see place spot".split())
+UNCLEAR = ("", "target", "it", "which")  # kinds of a Noun that say nothing of its category
 ONES = {"one", "candidate", "item", "thing"}
 CHOICE = SIDES | set("""other another first second third fourth fifth last next largest smallest biggest larger smaller bigger large small big tiny huge leftmost rightmost topmost bottommost uppermost
     lowest highest neighbouring neighboring nearby wrong remaining similar closest nearest different""".split())
-PAINT, HUES = {*COLOURS, *OTHER_COLOURS, *TONES}, {*COLOURS, *OTHER_COLOURS}
-ALIKE = ["ship boat vessel", "vehicle car automobile", "plane airplane aeroplane aircraft jet airliner", "building house", "roundabout rotary", "helipad pad", "bridge overpass viaduct"]
+PAINT, HUES = {*COLOURS, *OTHER_COLOURS, *TONES, "grey", "brown"}, {*COLOURS, *OTHER_COLOURS}
+ALIKE = [g.split() for g in ("ship boat vessel", "vehicle car automobile", "plane airplane aeroplane aircraft jet airliner", "building house", "roundabout rotary", "helipad pad", "bridge overpass viaduct")]
 
 @lru_cache(10000)
 def singular(word):
@@ -198,12 +193,12 @@ def known_things(
     phrase = parse_expression(row["expression"])
     own = plain(row.get("category")) or phrase.target
     kinds, objects = {}, row.get("objects")
-    for name in [plain(o["category"]) for o in objects or ()] + [own]:
+    for name in [own] + [plain(o["category"]) for o in objects or ()]:
         if name and name not in kinds.setdefault(name.split()[-1], []): kinds[name.split()[-1]].append(name)
     if phrase.target: kinds.setdefault(phrase.target.split()[-1], [own])
     for name in [a.target for a in anchors_of(phrase)] + [*SHAPES] * (objects is not None):
         if name: kinds.setdefault(name.split()[-1], [name])
-    for group in map(str.split, ALIKE):
+    for group in ALIKE:
         first = next((kinds[w] for w in group if w in kinds), None)
         for word in group if first else (): kinds.setdefault(word, first)
     return Known(row, phrase, frozenset(re.findall(r"[a-z]+", row["expression"].lower())), own, kinds, tuple(name.split()[-1] for name in (own, phrase.target) if name))
@@ -232,34 +227,37 @@ def gather(words, i, kinds):
 def kind_of(words, kinds):
     "What a noun phrase means: a kind, 'target', '' for a thing unknown, None for a part of the image or of the task."
     head = singular(words[-1])
+    if head in TASK or "target" in words: return "target"
     if head in kinds:
         fits = [k for k in kinds[head] if set(k.split()[:-1]) <= set(words)] or kinds[head]
         other = [w for w in words[:-1] if w in NOUNS and not any(w in k.split() for k in fits) and w not in kinds]
         return fits[0] if len(fits) == 1 and not other else ""
-    if head in TASK: return "target"
     return None if head in NO_THING else ""
 
 # %% ../nbs/05b_filters.ipynb #282bebec
-WANTED = re.compile(r" (?:that |which )?(?:i|we|is meant|is wanted|asked|described|wanted|sought)\b")
-
 def nouns_in(thought, kinds):
     "(Nouns in reading order, where the sentences end)."
     found = [(m[0], *m.span()) for m in WORDS.finditer(thought)]
     words, stops, nouns, i, sentence = [w for w, *_ in found], [m.start() for m in STOP.finditer(thought)] + [len(thought) + 1], [], 0, 0
     while i < len(words):
         word, start, end = found[i]
+        if not (word in POINTERS or singular(word) in kinds or word.isdigit()):
+            i += 1
+            continue
         after, last = words[i + 1] if i + 1 < len(words) else "", words[i - 1] if i else ""
         while stops[sentence] < start: sentence += 1
         joined = last in ("and", "or") and nouns and thought[nouns[-1].end:start].strip() == last
         free = nouns[-1].free if joined else last not in BEFORE
-        if word in ("it", "its", "they", "their"): nouns.append(Noun(start, end, sentence, (word,) if free else (last, word), "it", free))
+        if word == "it" and last in FINDS: nouns.append(Noun(start, end, sentence, ("the", "target"), "target", True))
+        elif word in ("it", "its", "they", "their"): nouns.append(Noun(start, end, sentence, (word,) if free else (last, word), "it", free))
         elif word in ("which", "that", "this", "who", "these", "those") and after in VERBS: nouns.append(Noun(start, end, sentence, (word,), "it" if word == "this" else "which", True))
         elif word in ARTICLES or word in NUMBERS or (word.isdigit() and after.isalpha()) or singular(word) in kinds:
             phrase, j = gather(words, i + word.isdigit(), kinds)
             if phrase in ([], [word]) and word in ("another", "one", "both", "each"): phrase, j = [word, "one"], i + 1
             if phrase and (phrase[-1] in CHOICE - SIDES or phrase[-1] in PAINT): phrase.append("one")
-            if phrase and phrase[-1] in ONES and WANTED.match(thought, found[j - 1][2]): phrase.append("target")
             kind = kind_of(phrase, kinds) if phrase else None
+            if kind == "" and len(kinds.get(singular(phrase[-1]), ())) > 1 and ARTICLES.union(CHOICE, NUMBERS).issuperset(phrase[:-1]):  # "the court" after "a tennis court"
+                kind = next((n.kind for n in reversed(nouns) if n.kind in kinds[singular(phrase[-1])]), kinds[singular(phrase[-1])][0])
             if kind is not None: nouns.append(Noun(start, found[j - 1][2], sentence, (word, *phrase) if phrase[0] != word else tuple(phrase), kind, free))
             i = max(i, j - 1)
         i += 1
@@ -274,12 +272,19 @@ def stand_ins(nouns, own):
         if n.sentence != sentence: topic, here, sentence = next((j for j in here if kind(j) == own), here[0]) if here else topic, [], n.sentence
         if n.kind == "which": refers.append(refers[-1] if k and nouns[k - 1].sentence == sentence else None)
         elif n.kind == "it":
-            beside = here and not n.free and here[-1] == refers[k - 1]  # "the car lies left of it": not the car
+            beside = here and not n.free and n.words[0] != "with" and here[-1] == refers[k - 1]  # "the car lies left of it": not the car
             refers.append(next((j for j in reversed(past) if kind(j) != kind(here[-1])), None) if beside else (here or [topic])[-1])
         else: refers.append(k)
         if n.free and n.words[0] != "no" and refers[-1] is not None and refers[-1] not in here[-1:]:
             here.append(refers[-1]); past = [*past[-8:], refers[-1]]
     return refers
+
+def is_plural(noun): return singular(noun.words[-1]) != noun.words[-1]
+
+def sole_of(nouns, own):
+    "Index of the first noun of the target's kind if all of them are one and the same 'a ship', else -1."
+    named = [k for k, n in enumerate(nouns) if n.kind == own or n.words[-1] in ("target", "one", "object")]
+    return named[0] if len({nouns[k].words for k in named}) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
 
 # %% ../nbs/05b_filters.ipynb #83940628
 class Reading(NamedTuple):
@@ -293,22 +298,25 @@ class Reading(NamedTuple):
     found: list   # of `places`, in original pixels
     sole: int     # index of 'a ship' if it is the only thing of the target's kind that is named and no pronoun, else -1
 
-def is_plural(noun): return singular(noun.words[-1]) != noun.words[-1]
+def verb_between(read, k, start): return not VERBS.isdisjoint(re.findall("[a-z]+", read.text[read.nouns[k].end:start]))
 
-def owner(read, start, end):
-    "Index of the noun that the words between two places of the text say something about: the nearest before, or the subject if a verb stands between; else the first after; None if the sentence has none."
+JOINED = re.compile(r"(?:,| and|, and)(?: (?:in|at|on|to|near))?(?: the)? ?")
+
+def owner(read, start):
+    "Index of the noun that the words at a place of the text say something about: the nearest before, or the subject if a verb stands between; else the first after; None if the sentence has none."
     i, sentence = bisect(read.nouns, start, key=lambda n: n.start), bisect_left(read.stops, start)
     here = [k for k in range(max(0, i - 12), min(i + 4, len(read.nouns))) if read.nouns[k].sentence == sentence and read.nouns[k].words[1:] != ("it",) and (read.nouns[k].words[0] not in ("to", "on", "at") or read.nouns[k].kind != "it")]  # not "left of it", "to its left"
     before = [k for k in here if k < i]
     if not before: return here[0] if here else None
     near = read.nouns[before[-1]]
-    if near.end > start or VERBS.isdisjoint(re.findall("[a-z]+", read.text[near.end:start])): return before[-1]
+    joined = not near.free and JOINED.fullmatch(read.text, near.end, start)  # "above the bus and left of": of what is above
+    if not joined and not verb_between(read, before[-1], start): return before[-1]
     return next((k for k in reversed(before) if read.nouns[k].free), before[-1])
 
-def sole_of(nouns, own):
-    "Index of the first noun of the target's kind if all of them are one and the same 'a ship', else -1."
-    named = [k for k, n in enumerate(nouns) if n.kind == own or n.words[-1] in ("target", "one", "object")]
-    return named[0] if len({nouns[k].words for k in named}) == 1 and nouns[named[0]].words[0] in ("a", "an", "one") and CHOICE.isdisjoint(nouns[named[0]].words) else -1
+def subject(read, start):
+    "As `owner`; for a pronoun the noun that it means."
+    k = owner(read, start)
+    return None if k is None else read.refers[k]
 
 def read_thought(thought, known, found, codec):
     "The Reading of a thought; `found` are its `places`."
@@ -316,8 +324,7 @@ def read_thought(thought, known, found, codec):
     found = [Place(*codec.decode((p.x, p.y) * 2, known.row["width"], known.row["height"])[:2], p.start, p.end) for p in found]
     read = Reading(thought, nouns, stand_ins(nouns, known.own), stops, {}, positions(thought), found, sole_of(nouns, known.own))
     for p in found:
-        k = owner(read, p.start, p.end)
-        k = None if k is None else read.refers[k]
+        k = subject(read, p.start)
         if k is not None and not is_plural(nouns[k]): read.spots.setdefault(k, (p.x, p.y))
     return read
 
@@ -356,11 +363,14 @@ def things_named(noun, known):
 
 # %% ../nbs/05b_filters.ipynb #698dcdee
 SLACK = 0.1  # share of a side by which a claim must fail
-NEGATED = re.compile(r"(?:\b(?:not|n't|never|neither|nor|no|without|rather than|instead of|than|nothing|none|further|farther|more|closer|nearer|closest|nearest|furthest|farthest|from|facing|pointing|points|heading|moving)\b(?: \w+){0,3}|\b(?:its|their)) ?$")
-OF_A_THING = re.compile(r"(?: (?:side|part|end|edge|corner|half|portion|section))? of (?:(?:the|a|an|this|that) (?!(?:whole |entire )?(?:image|picture|photo|scene|frame|view|map|tile))|(?:its|it|them)\b)")
+NEGATED = re.compile(r"(?:\b(?:not|n't|never|neither|nor|no|without|rather than|instead of|than|nothing|none|further|farther|more|closer|nearer|closest|nearest|furthest|farthest|facing|pointing|points|heading|moving)\b(?: \w+){0,3}|\bif(?: \w+){0,6}|\bfrom(?: (?:the|its|far|very))*|\b(?:its|their)) ?$")
+REJECTED = re.compile(r"\b(?:not|n't|rather than|instead of|further|farther|exclud\w*|rul(?:e|ed|es|ing) out|discard\w*|reject\w*|other|another|too (?:far|small|large|big|high|low)|whereas|neither|wrong)\b")
 NOTHING = re.compile(r"\b(?:nothing|no|not|none|empty|neither|too)\b")
 
-def negated(read, start): return NEGATED.search(read.text, max(0, start - 40), start) is not None
+def negated(read, start):
+    "True if no claim is made here: in a question or after one of NEGATED."
+    stop = read.stops[bisect_left(read.stops, start)]
+    return read.text[stop:stop + 1] == "?" or NEGATED.search(read.text, max(0, start - 40), start) is not None
 
 def sentence_of(read, start):
     "The sentence around a place of the text, at most 200 letters to either side."
@@ -373,22 +383,34 @@ IS_SUBJECT = re.compile(r"(?: (?:part|side|half|end|edge|corner|portion|section|
 
 def side_of_box(read, start, end, known):
     "True if words like 'left' name an edge or corner of a box, or a part that something else is said of: 'the left edge is at x = 5', 'the right part is dark'."
-    if read.text[max(0, start - 4):start] == "the " and IS_SUBJECT.match(read.text, end): return True
+    if read.text[max(0, start - 4):start] == "the " and not re.search(r"\b(?:in|at|on|near|towards?) the $", read.text[max(0, start - 11):start]) and IS_SUBJECT.match(read.text, end): return True
     edge, (x1, y1, x2, y2) = EDGE.match(read.text, end), known.row["box"]
     if not edge: return read.text[start - 1:start] + read.text[end:end + 1] == "()"
     here = [p for p in read.found if edge.end() <= p.end and p.start <= edge.end()]
     return not any(near(((3 * x1 + x2) / 4, (3 * y1 + y2) / 4, (x1 + 3 * x2) / 4, (y1 + 3 * y2) / 4), (p.x, p.y), 0.1) for p in here)
 
+def quantifier(k, boxes, read):
+    "`all` if the k-th noun is 'all ships', 'each ship', or 'both ships' of two, else `any`."
+    words = () if k is None else read.nouns[k].words
+    return all if "other" not in words and ({"all", "every", "each"}.intersection(words) or "both" in words and len(boxes) == 2) else any
+
+def in_corner(position, box, width, height):
+    "True if the centre lies in that corner, which is at most 0.45 of each side long."
+    x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
+    return all({"left": x, "right": 1 - x, "upper": y, "lower": 1 - y}.get(w, 0) <= 0.45 for w in position.split())
+
 def position_faults(read, known):
     "Contradictions in positions in the image, of the target or of objects that the row knows. What the expression itself says is not held against the chain."
     faults, looks = [], None
-    said = {p for p, *_ in positions(known.row["expression"])} if read.where else ()
+    said, theirs = known.phrase.position, {a.position for a in anchors_of(known.phrase)}
     for position, start, end in read.where:
-        if position in said or negated(read, start) or OF_A_THING.match(read.text, end) or side_of_box(read, start, end, known): continue
-        k = owner(read, start, end)
+        if position == said or negated(read, start) or side_of_box(read, start, end, known): continue
+        k = owner(read, start)
         boxes = [known.row["box"]] if k is None else boxes_of(k, read, known)
-        if boxes is None: continue
-        right = any(in_region(position, b, known.row["width"], known.row["height"], SLACK) for b in boxes)
+        named = k is not None and not verb_between(read, k, start)  # "the bus at the top": which one, no claim
+        if boxes is None or named and (position in theirs or REJECTED.search(read.text, end, min(end + 100, read.stops[bisect_left(read.stops, start)]))): continue
+        size = known.row["width"], known.row["height"]
+        right = quantifier(k, boxes, read)(in_region(position, b, *size, SLACK) and (in_corner(position, b, *size) or "corner" not in read.text[start:end]) for b in boxes)
         fault = None if right else Fault("contradiction", f"says {read.text[start:end]!r} of {thing(k, read, known)}")
         if k is None: looks = None if NOTHING.search(sentence_of(read, start)) else fault  # only the last look counts: it may look around first
         elif fault: faults.append(fault)
@@ -411,16 +433,16 @@ def relation_faults(read, known):
     "Contradictions in 'left of', 'below', ... between things whose boxes the row knows."
     faults, starts = [], [n.start for n in read.nouns]
     said = {(r.kind, a.target.split()[-1]) for r in known.phrase.relations for a in r.anchors if a.target}
-    for m in RELATION.finditer(read.text) if known.row.get("objects") is not None else ():
+    for m in RELATION.finditer(read.text):
         words, own = [w for w in m.groups() if w], re.search(" (?:its|their) ", m[0])
         anchor = bisect_left(starts, m.start() + own.start() + 1 if own else m.end())
         if anchor == len(starts) or starts[anchor] > m.end() + 12 or negated(read, m.start()) or (" ".join(words), read.nouns[anchor].words[-1]) in said: continue
-        k = owner(read, m.start(), m.end())
+        k = owner(read, m.start())
         if k == anchor: k = anchor + 1 if anchor + 1 < len(starts) and read.nouns[anchor + 1].sentence == read.nouns[anchor].sentence else None  # "left of the bus stands the car"
         these, those = (None if j is None else boxes_of(j, read, known) for j in (k, anchor))
         name = read.text[read.nouns[anchor].start:read.nouns[anchor].end]
         if those == []: faults.append(Fault("contradiction", f"names {name!r}: there is none"))
-        elif these and those and these != those and not any(stands(words, a, b, known) for a in these for b in those if a != b):
+        elif these and those and these != those and not quantifier(anchor, those, read)(stands(words, a, b, known) for a in these for b in those if a != b):
             faults.append(Fault("contradiction", f"says {m[0].strip()} {name!r} of {thing(k, read, known)}"))
     return faults
 
@@ -437,54 +459,39 @@ PLAIN_END = re.compile(r" ?(?:(?:in|on|within|across) (?:the|this) (?:whole |ent
 def place_faults(read, known):
     "Contradictions in rough places, in numbers, of things that the row knows."
     faults = []
-    for p in read.found if known.row.get("objects") is not None else ():
-        k = owner(read, p.start, p.end)
-        k = None if k is None else read.refers[k]
-        if k is None or read.nouns[k].kind in ("", "target", "it", "which"): continue
+    for p in read.found:
+        k = subject(read, p.start)
+        if k is None or read.nouns[k].kind in UNCLEAR: continue
         if not any(near(b, (p.x, p.y), 0.5) for b in things_named(read.nouns[k], known)): faults.append(Fault("contradiction", f"puts {read.text[read.nouns[k].start:read.nouns[k].end]!r} at {read.text[p.start:p.end]}: there is none"))
     return faults
 
 def count_faults(read, known):
     "Contradictions in numbers of things, where the row knows all objects. A number with a condition ('two ships at the top') may be lower than that of all."
     faults = []
-    for n in read.nouns if known.row.get("objects") is not None else ():
+    for n in read.nouns:
         number = next((v for v in (NUMBERS.get(w, int(w) if w.isdigit() and len(w) < 4 else None) for w in n.words[:2]) if v is not None), None)
-        if number is None or n.kind in ("", "target", "it", "which") or not CHOICE.isdisjoint(n.words): continue
+        if number is None or n.kind in UNCLEAR or not CHOICE.isdisjoint({*n.words} - {"other"}): continue
         exact = EXACT.search(read.text, max(0, n.start - 40), n.start) or {"only", "single", "sole"}.intersection(n.words) or SEEN.match(read.text, n.end)
         if n.words[0] == "one" and not exact or (known.said & {"only", "single", "sole"}).intersection(n.words): continue
-        total, alone = len(things_named(n, known)), PLAIN_END.match(read.text, n.end) and not any(at < n.start and bisect_left(read.stops, at) == n.sentence for _, at, _ in read.where)
+        total, alone = len(things_named(n, known)) - ("other" in n.words), PLAIN_END.match(read.text, n.end) and not any(at < n.start and bisect_left(read.stops, at) == n.sentence for _, at, _ in read.where)
         if number > total or (exact and alone and number != total): faults.append(Fault("contradiction", f"counts {read.text[n.start:n.end]!r}, there are {total}"))
     return faults
 
 # %% ../nbs/05b_filters.ipynb #781fe79f
 PICKS = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "uppermost": (1, -1), "bottommost": (1, 1), "lowermost": (1, 1), "largest": (2, 1), "biggest": (2, 1), "smallest": (2, -1)}
-OF_ALL = re.compile(r" (?:one )?(?:of|among) (?:all|them|the (?:two|three|four|five|six|\d+)\b)")
 
 def pick_faults(read, known):
     "Contradictions in 'it is the leftmost ship' and the like that the expression does not say itself, where the row knows all objects."
     faults = []
-    for k, n in enumerate(read.nouns) if known.row.get("objects") is not None else ():
+    for k, n in enumerate(read.nouns):
         pick = next((w for w in n.words if w in PICKS and w not in known.said), None)
         if pick is None or is_plural(n) or negated(read, n.start) or RELATION.search(read.text, n.end, n.end + 30): continue
         link = read.text[read.nouns[k - 1].end:n.start] if k and read.nouns[k - 1].sentence == n.sentence else ""
-        subject = k if k in read.spots else k - 1 if re.fullmatch(r"(?: ?\([^)]*\),?| at| near| around| itself)* (?:is|was|must be|appears to be|seems)(?: also| clearly| therefore| thus| indeed)? ?", link) else None
-        these = None if subject is None else boxes_of(subject, read, known)
+        about = k if k in read.spots else k - 1 if re.fullmatch(r"(?: ?\([^)]*\),?| at| near| around| itself)* (?:is|was|must be|appears to be|seems)(?: also| clearly| therefore| thus| indeed)? ?", link) else None
+        these = None if about is None else boxes_of(about, read, known)
         if not these: continue
         rivals = things_named(n._replace(kind=n.kind if n.kind else "target"), known)
-        if known.said & PAINT and n.words[-1] in ONES and not OF_ALL.match(read.text, n.end): rivals = [o["box"] for o in known.row["objects"] if o["box"] in rivals and any(o["colour"] == p["colour"] for p in known.row["objects"] if p["box"] in these)]
-        if not any(leads(b, rivals, *PICKS[pick], known) for b in these): faults.append(Fault("contradiction", f"says {pick!r} of {thing(subject, read, known)}"))
-    return faults
-
-BEST = re.compile(r"\b(?:further|farther|more)? ?(?:to the )?(left|right|higher|lower|larger|bigger|smaller)(?: up| down)? than (?:all|any|every|each)\b|\bno other \w+ (?:is|lies|sits|stands|reaches|extends) (?:any )?(?:further |farther |more )?(?:to the )?(left|right|higher|lower|larger|bigger|smaller)\b")
-AS_PICK = {"left": "leftmost", "right": "rightmost", "higher": "topmost", "lower": "bottommost", "larger": "largest", "bigger": "largest", "smaller": "smallest"}
-
-def best_faults(read, known):
-    "Contradictions in 'it is larger than all others' and 'no other ship is further left', taken for the target."
-    faults, rivals = [], [o["box"] for o in known.row.get("objects") or () if plain(o["category"]) == known.own]
-    for m in BEST.finditer(read.text):
-        pick = AS_PICK[m[1] or m[2]]
-        these = None if m[2] else boxes_of(owner(read, m.start(), m.end()), read, known)
-        if pick not in known.said and these in (None, [known.row["box"]]) and not leads(known.row["box"], rivals, *PICKS[pick], known): faults.append(Fault("contradiction", f"says {m[0]!r} of the target"))
+        if not any(leads(b, rivals, *PICKS[pick], known) for b in these): faults.append(Fault("contradiction", f"says {pick!r} of {thing(about, read, known)}"))
     return faults
 
 def leads(box, rivals, axis, sign, known):
@@ -494,7 +501,6 @@ def leads(box, rivals, axis, sign, known):
 
 # %% ../nbs/05b_filters.ipynb #6b0aaf32
 MORE_NAMES = {"vehicle": "car truck van bus minibus lorry automobile", "ship": "boat vessel ferry yacht barge freighter", "plane": "airplane aircraft jet airliner", "tank": "silo"}
-IN_NUMBERS = re.compile(r"\b[xy]\b ?[=≈:]? ?[0-9]|[0-9] ?(?:px|pixels)\b")
 
 def step_faults(read, found, known):
     "Faults missing_step: the target is not named, no place in words (the expression's own order and relation words do not count), none in numbers."
@@ -502,7 +508,7 @@ def step_faults(read, found, known):
     names = {noun for noun, kinds in known.kinds.items() if known.own in kinds} | {w for name in (known.own, known.phrase.target) for w in MORE_NAMES.get(name, "").split()}
     if names and words.isdisjoint(names) and not any(w.endswith(n) for w in words for n in names if len(n) > 3): missing.append(f"the target ({known.own}) is not named")
     if not read.where and place_words(read.text) <= place_words(known.row["expression"]): missing.append("no place in words")
-    if not found and not IN_NUMBERS.search(read.text): missing.append("no place in numbers")
+    if not found: missing.append("no place in numbers")
     return [Fault("missing_step", ", ".join(missing))] if missing else []
 
 WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|between|near(?:est)?|next to|beside|closest|furthest|north|south|east|west|(?:left|right|top|bottom|upper)most|(?:first|second|third|fourth) from|halfway|corner|half|(?:image|picture|frame|scene)(?:'s)? (?:centre|center|middle)|(?:near|close to|around|in|towards?) the (?:\w+ )?(?:centre|center|middle)|centrally)\b")
@@ -510,59 +516,57 @@ WHERE = re.compile(r"\b(?:left|right|top|bottom|upper|lower|above|below|beneath|
 def place_words(text): return len(WHERE.findall(text.lower()))
 
 # %% ../nbs/05b_filters.ipynb #fbcee869
-REJECTED = re.compile(r"\b(?:not|n't|rather than|instead of|further|farther|exclud\w*|rul(?:e|ed|es|ing) out|discard\w*|reject\w*|other|another|too (?:far|small|large|big|high|low)|whereas|neither|wrong)\b")
-
 def elsewhere_faults(read, found, written, known):
     "Fault elsewhere: the last place in numbers that is not given for an anchor or in a sentence that rejects something is not in the answered box."
-    mine = [p for p in found if not REJECTED.search(sentence_of(read, p.start)) and not of_another_kind(owner(read, p.start, p.end), read, known)]
+    kinds = [None if k is None else read.nouns[k].kind for p in found for k in [subject(read, p.start)]]
+    mine = [p for p, kind in zip(found, kinds) if kind in (None, known.own, *UNCLEAR) and not REJECTED.search(sentence_of(read, p.start))]
     last = (mine or found)[-1:]
     return [Fault("elsewhere", f"last speaks of {read.text[p.start:p.end]}, answers {list(written)}") for p in last if not near(written, (p.x, p.y), 0.1)]
 
-def of_another_kind(k, read, known):
-    k = None if k is None else read.refers[k]
-    return k is not None and read.nouns[k].kind not in ("", "target", "it", "which", known.own)
-
 # %% ../nbs/05b_filters.ipynb #b622755f
-A_BOX = r"(?:(?:bounding[- ])?box(?:es)?|bbox|rectangle|coordinates?|coords|answer|solution)"
-NUMBERS_TOO = rf"(?:{A_BOX}|numbers|values|corners|location|position)"
-SOURCE = r"(?:prompt|instructions?|question|input|message|task|dataset|system|request|user)"
-OWN_TASK = r"(?:an? |the |this |one )?(?:\w+ ){0,2}(?:image|picture|photo|scene|view|sentence|description|expression|quer|phrase|words|text|to (?:find|locate|look|search|box|identify))"
-LEAKS = re.compile(r"\b(?:" + "|".join([
-    # what the author cannot know of
-    r"ground[- ]?truths?\b", r"annotat(?:ed|ions?|ors?|es?)\b(?!-)", r"(?:gt|metadata|oracle|answer key|truth box|(?:label|caption) file|teacher's)\b", r"system (?:prompt|message)\b",
-    rf"(?:given|provided|supplied|reference|gold(?:en|[- ]standard)?|true|actual|known|specified|stated|listed|pre-?(?:defined|computed)|recorded|labell?ed|expected|official|aforementioned|hidden)(?: (?:true|bounding|final|target|correct|reference|pixel|image))* {A_BOX}\b",
-    r"(?:true|provided|supplied) (?:location|position|corners|numbers|label)\b", rf"(?:marked|highlighted|boxed|pre-?marked|indicated) (?:region|location|{A_BOX})\b", rf"target (?:coordinates|box (?:is|was|has been) (?:given|known))|(?:with|to|match\w*|fits?|confirm\w*) the target {A_BOX}\b",
-    rf"(?:desired|required|model|example|target|final|correct|right) (?:output|response|result)\b|(?:agree\w* with|coincid\w* with|consistent with|check\w* against|verif\w* (?:with|against)|in line with|according to|based on|knowing) (?:the|this|that|my|your) (?:\w+ )?{A_BOX}\b",
-    rf"{NUMBERS_TOO} (?:was|were|has been|have been|is already|are already) (?:given|provided|known|supplied|specified|disclosed|revealed|available)\b|(?:don't|do not) have the {NUMBERS_TOO}\b|know where (?:it|the \w+) (?:is|lies)\b|(?:box|rectangle) (?:that is |which is )?(?:drawn|shown|marked) (?:in|on|into) the (?:image|picture)\b",
-    rf"with the {A_BOX} (?:already )?(?:known|at hand|in hand|given|available)\b|(?:told|asked|instructed|required|expected) to (?:produce|return|output|answer with|end with) (?:this|these|exactly|the following|\[)|reference (?:label|region|location)|(?:labell?ed|tagged) as the (?:target|answer|correct)",
-    r"(?:given|provided|supplied|reference|gold|true|known|labell?ed|marked|official|stored|annotated) (?:target )?(?:region|location|label|values)\b|(?:gold|human|official|dataset|true) labels?\b|labell?ed (?:object|one)\b|labell?er\b|ha(?:s|ve) been labell?ed",
-    r"(?:match\w*|equals?|according to|confirmed by|compar\w* (?:with|to)|overlap\w*(?: \w+)? with|coincid\w* with|agree\w* with|corresponds? to) the (?:reference|gold|label|truth)(?=[.,;:)]| here|$)|the truth (?:is known|says)|key (?:gives|says)\b|my notes\b|peek|cheat|look\w* at the answer\b|answer first\b",
-    r"(?:i|we) (?:have been |was |were |am )informed\b|as (?:i|we) (?:have been|was|were) (?:told|shown)\b|(?:as )?per the (?:instructions?|prompt)\b|(?:prompt|question|task|assignment|user|teacher|system) (?:reveal|disclose|mark|gave|told|gives me)|act(?:ing)? as (?:if|though)\b|as though i\b|knowing where\b|know the (?:location|position)\b|(?:box|file) from the file|data file",
-    # how it came to it: "the box I was given", "you told me", "the box in the prompt"
-    rf"{A_BOX}(?: (?:that|which))?(?: (?:i|we|you|they))?(?: (?:is|are|was|were|am|been|have|has|had|already))* (?:given|gave|provided|supplied|handed|told|specified|listed|known|disclosed|attached|received|got|mentioned above)\b(?! (?:by (?:its|the edges|these)|(?:as|in) (?:whole|integer|pixel|px|unit|round|the frame|frame)))",
-    rf"{NUMBERS_TOO} (?:that |which )?(?:(?:i|we|you)(?: (?:was|were|am|are|have|had|been))* (?:given|gave|received|got|told|handed|provided|shown)|supplied|handed|came with)\b", rf"{A_BOX} (?:that |which )?came with\b",
-    rf"(?:i|we) (?:was|were|am|are|have been|had been|got) (?:already |also )?(?:(?:told|instructed)\b(?=[ .,;]*$)|(?:told|given|handed|supplied with|provided with|shown|instructed|fed)\b(?= (?:the|an?|its?|this|these|those|where|that|what|in advance|beforehand|to|with|four|both|not|coord|box)))(?! {OWN_TASK})",
-    rf"(?:told|informed|handed|gave|given|shown|supplied|provided|disclosed) (?:to )?(?:me|us)\b(?! {OWN_TASK})", rf"(?:you|{SOURCE}) (?:have |has |had |already |just )*(?:gave|gives?|given|provided?s?|supplie[sd]|supply|specifie[sd]|lists?|listed|told|tells|contains?|includes?|states?|says?|mentions?)\b[^.]{{0,20}}\b{A_BOX}\b",
-    rf"{A_BOX}\b[^.,;]{{0,25}}\b(?:in|from|of|by|with) (?:the|your|my|this|these) {SOURCE}\b", r"as (?:annotated|labell?ed|provided|supplied|told|instructed)\b(?! by the (?:sent|desc|expr))", r"as (?:given|specified)\b(?! (?:in|by) the (?:sent|desc|expr|text|quer|phrase|words))",
-    r"(?:according to|based on|match(?:es|ing)?|fits|agrees? with|consistent with|confirmed by|per|from) (?:the|this|that|its) (?:box |image )?(?:labels?|dataset|hints?|records?)\b(?! (?:of|on|painted|written)\b)",
-    r"(?:labels?|dataset|hint) (?:puts?|places?|gives?|tells|states|lists|marks (?:this|it)|confirms?|says (?:it|that|the|so|top|bottom|left|right))\b",
-    # reasoning from the answer
-    r"(?:since|because|knowing|given|as|seeing) (?:that )?(?:the )?(?:correct |final |true |right )?(?:answer|solution) (?:is|was|must be|has to be)\b(?! (?:a|an|one|only|asked|expected|to|just)\b)", r"(?:against|with|from|in|by|to|knowing|see[ns]?) the (?:solution|true answer)\b",
-    r"given (?:that )?(?:the|this) (?:bounding |target |final )?(?:box|bbox|coordinates|answer|solution)\b(?! (?:of|shape|format))", r"(?:box|bbox|coordinates|solution) (?:confirms?|proves?|tells?|says?|indicates?|reveals?|points?)\b",
-    rf"(?:i|we) already (?:know|have) (?:the|where|its|what)\b|know the (?:{A_BOX})\b|access to the {A_BOX}\b|cop(?:y|ied|ying) the (?:{A_BOX}|numbers)\b|know[ns]? (?:in advance|beforehand)\b",
-    rf"work(?:s|ed|ing)? back(?:wards?)? from\b|reverse[- ]engineer|rationali[sz]|justif(?:y|ies|ying) (?:the|this|that) {A_BOX}\b|explain (?:the|this|that) {A_BOX}\b",
-    rf"{A_BOX} (?:that )?(?:i|we) (?:must|have to|should|was asked to|am asked to|am supposed to|need to) (?:explain|justify|reach|arrive|support|defend)\b|(?:supposed|asked|have|has|need|must)(?: to)? (?:reach|arrive at|end(?: up)? (?:at|in)|lead to) (?:the|this|that|these) {A_BOX}\b|{A_BOX} (?:that is |which is )?expected (?:of|from) me\b",
-    # hiding it, and the instructions
-    r"(?:not|t)(?: to| supposed to| allowed to)? (?:mention|reveal|admit|disclose|betray|say (?:that )?i)\b", r"without (?:mentioning|revealing|admitting|disclosing)\b|pretend|as if i (?:had|did|was|were|have)\b|how i know\b",
-    r"(?:my|these|your) instructions\b|instructions? (?:say|state|contain|give|provide|forbid|require|tell me not|ask me (?:not|to hide|to explain|to justify|to describe))s?\b|as an ai\b",
-]) + ")")
+A_BOX = r"(?:(?:bounding[- ]?)?box|bbox|rectangle|coordinates?|coords|answer|solution|labels?|hint)"
+THING = rf"(?:{A_BOX}|output|results?|numbers|corners|values|region of interest)"
+PLACE = r"(?:region|area|location|position)"
+GIVEN = r"(?:given|gave|provided|supplied|handed|told|shown|shared|disclosed|revealed|specified|stated|listed|known|fixed|received|got|attached|recorded|labell?ed|(?:pre-?)?marked|highlighted|locali[sz]ed|pinned down|designated|indicated|available|at hand)"
+PRIOR = r"(?:given|provided|supplied|reference|gold(?:en|[- ]standard)?|true|actual|known|specified|stated|listed|pre-?\w+ed|recorded|expected|required|desired|official|hidden|human|labell?ed|marked|highlighted|indicated|designated|stored)"
+SOURCE = r"(?:prompt|instructions?|question|input|message|task|system|request|user|assignment|file|key)"
+SHOWN = r"(?:an? |the |this |one )?(?:\w+ ){0,2}(?:image|picture|photo|scene|view|sentence|description|expression|quer|phrase|words|text|to (?:find|locate|look|search|box|identify))"  # what the student sees, too
+MY_TASK = "".join(f"(?<!{w} )" for w in "image picture photo sentence description expression query phrase words text".split())
+IN_TASK = r"(?! (?:by|in|from|as) (?:the (?:sent|desc|expr|text|quer|phrase|words|edge|frame)|its|these|whole|integer|pixel|px|unit|round))"
+THE = r"(?:the|your|this|that|these|those|my|its)(?: (?:bounding|true|correct|right|final|target|given|image|box))*"
+
+LEAKS = {kind: re.compile("|".join(rf"\b(?:{p})" for p in patterns)) for kind, patterns in {
+    "names what only its author has": [
+        r"ground[- ]?truths?\b|annotat(?:ed|ions?|ors?|es?)\b(?!-)|gt\b|metadata\b|oracle\b|datasets?\b|the truth (?:is known|says)|(?:label|caption) file|known to be (?:right|correct)|it (?:was|has been) (?:given|provided|specified|supplied)\b(?! (?:by|in|as|a)\b)|(?:answer key|teacher)\b|labell?er\b",
+        r"system (?:prompt|message)\b|(?:my|these|your) (?:instructions|guidelines|rules)\b|instructions? (?:say|state|contain|give|provide|forbid|require|tell me not|ask me (?:not|to (?:hide|explain|justify|describe)))s?\b|per the (?:instruction|prompt)"],
+    "knows of a box from before": [
+        rf"{PRIOR}(?: (?:true|bounding|final|target|correct|pixel|image))* (?:{THING}|{PLACE})\b(?! (?:of|for such|on the roof)\b)|(?:your|user's) {A_BOX}\b|(?:target|correct|right) (?:coordinates|box|output|response|result) (?:is|are|was|has been) (?:given|known)",
+        rf"{THING}\b(?:,? (?:that|which|\(?as|as stated))?(?: (?:i|we|you|they))?(?: (?:is|are|was|were|am|has|have|had|been|already))* \(?{GIVEN}\b{IN_TASK}|(?:{PLACE}|target|object) (?:that |which |i |we |is |was |has been |already |\()*(?:given|provided|supplied|handed|told|disclosed|revealed|specified|received|pinned down|locali[sz]ed|highlighted|pre-?marked)\b(?! by){IN_TASK}|{PLACE} (?:is |was |already )+known\b(?! for){IN_TASK}|(?:{A_BOX}|numbers) (?:that |which )?came with\b|(?:coordinates|answer|box|rectangle) above\b",
+        rf"(?:{A_BOX}|numbers)\b[^.,;]{{0,25}}\b(?:in|from|of|by|with) (?:the|your|my|this|these) {SOURCE}\b|{A_BOX}\b[^.;]{{0,25}} (?:is )?already (?:there|in)\b|(?:box|rectangle) (?:was |is |has been )?drawn (?:in|on|into|by|around)\b",
+        rf"labell?ed (?:object|one)\b|(?:ha(?:s|ve) been|already) (?:labell?ed|boxed|circled|locali[sz]ed)\b|as (?:given|marked|specified|labell?ed|provided|supplied|told|instructed)\b{IN_TASK}"],
+    "was told": [
+        rf"{MY_TASK}(?:i|we)\b[^.,;]{{0,20}}? (?:am|are|was|were|been|got) (?:already |also )?(?:told|given|informed|handed|supplied|provided|shown|instructed|fed)\b(?! (?:that |with |by )?(?:{SHOWN}|it is (?:an?|the)))|(?:i|we) received\b(?! {SHOWN})",
+        rf"{MY_TASK}(?:told|informed|handed|gave|given|shown|supplied|provided|disclosed)(?: to)? (?:me|us)\b(?! {SHOWN})|(?:told|asked|instructed|required|expected) to (?:produce|return|output|answer with|end with) (?:this|these|exactly|the following|\[)",
+        rf"(?:you|{SOURCE}) (?:have |has |had |already |just )*(?:gave|gives?|given|provided?s?|supplie[sd]|supply|specifie[sd]|lists?|listed|told|tells|contains?|includes?|states?|says?|mentions?|reveals?|discloses?|marks|marked)\b[^.]{{0,30}}\b(?:{THING}|{PLACE}|where|at these)\b|(?:{SOURCE}) (?:tells|told) (?:me|us)\b(?! {SHOWN})"],
+    "argues from the box": [
+        rf"(?:according to|based on|going by|judging by|because of|thanks to|due to|using|(?:what|falls?|lies) (?:lies |is )?(?:inside|within|in)|relying on|confirmed by|knowing|per|from|given(?: that)?|how to get to|match(?:es|ing)?|fits|equals|(?:agree\w*|consistent|coincid\w*|in line|overlap\w*(?: \w+)?|compar\w*) with|corresponds? to|(?:check|verif)\w* (?:against|with)|against) {THE} {A_BOX}\b(?! (?:of|on|painted|written|shape|format|itself|around|(?:i|we) (?:draw|drew|give|found|choose|estimat\w+|measur\w+|read))\b)",
+        rf"(?:match\w*|confirmed by|(?:agree|coincid|overlap)\w*(?: \w+)? with) the (?:reference|gold|truth)\b|(?:with|by|see[ns]?|to|in) the (?:solution|true answer)\b",
+        rf"(?:box|bbox|coordinates?|rectangle|solution|labels?|hints?|key)(?: (?:for|of) (?:this|the) image)? (?:confirm|prove|tell|say|indicate|reveal|point|put|place|mark (?:it|this)|list|state|leave|make (?:it )?clear|settle)s?\b|key (?:gives|says|has)\b",
+        rf"(?:since|because|knowing|given|as|seeing|if|confirm) (?:that )?(?:the |this )?(?:correct |final |true |right )?(?:answer|solution) (?:is|was|must be|has to be)\b(?! (?:a|an|one|only|asked|expected|to|just)\b)|(?:if|that) the (?:box|coordinates)(?: given)? (?:is|are) (?:correct|right|accurate)\b|(?:had|assume|suppose|imagine)(?: that)? the {A_BOX}\b|(?:box|bbox|coordinates|rectangle|answer) (?:is|are|was|were|would be|has|have)(?: not| been)* (?:known|wrong|elsewhere)\b|{A_BOX} (?:that )?(?:i|we) have\b(?! (?:to|drawn|found|given|just)\b)",
+        rf"(?:in advance|beforehand)\b|know where (?:it|the \w+) (?:is|lies)\b|knowing where\b|(?:i|we) already (?:know|have) (?:the|where|its|what)\b|know (?:the|its) (?:{THING}|{PLACE})\b|(?:access to|have) the {A_BOX}\b|cop(?:y|ied|ying) the (?:{A_BOX}|numbers)\b"],
+    "works towards the box": [
+        rf"work\w* back(?:wards?)? from\b|reverse[- ]engineer|rationali[sz]|(?:justify|explain)(?:ing)? (?:the|this|that|why the|why this)(?: (?:given|stated|final|correct))? {A_BOX}\b",
+        rf"(?:supposed|asked|have|has|had|need|needs|must|should|job|task)\b[^.;]{{0,50}}\b(?:reach|arrive at|end(?: up)? (?:at|in)|leads?(?: \w+)? to|think towards) {THE} {A_BOX}\b|{A_BOX} (?:that )?(?:i|we) (?:am |are |was )?(?:supposed|asked|required|expected)\b"],
+    "hides something": [
+        rf"(?:not|never|n't|can't|cannot)(?: (?:to|be|supposed|allowed))*(?: to)? (?:mention|reveal|admit|disclose|betray|notice that|say (?:that )?i|refer to (?:the|any) {A_BOX})\b|without (?:mention|reveal|admitt|disclos|referr)\w+",
+        r"pretend|act(?:ing)? as (?:if|though)\b|as (?:if|though) i (?:had|did|was|were|have)\b|make it look\b|(?:how|where) i know\b|asked to (?:describe|explain|justify)|peek"],
+}.items()}
 
 def leak_faults(
-    text: str,
+    text: str,  # a thought in lower case
 ) -> list:
     "Fault leak with the words that give it away."
-    found = LEAKS.search(text)
-    return [Fault("leak", f"says {found[0]!r}")] if found else []
+    return [Fault("leak", f"{kind}: says {m[0]!r}") for kind, pattern in LEAKS.items() for m in [pattern.search(text)] if m][:1]
 
 # %% ../nbs/05b_filters.ipynb #9abce44e
 def find_faults(
@@ -577,171 +581,6 @@ def find_faults(
     read = read_thought(thought, known, found, codec)
     if thought: faults += step_faults(read, found, known) + leak_faults(thought)
     if written: faults += box_faults(written, row, codec, lowest_iou) + elsewhere_faults(read, found, written, known)
-    if thought: faults += position_faults(read, known) + relation_faults(read, known) + place_faults(read, known) + count_faults(read, known) + pick_faults(read, known) + best_faults(read, known)
+    if thought: faults += position_faults(read, known)
+    if thought and row.get("objects") is not None: faults += [f for check in (relation_faults, place_faults, count_faults, pick_faults) for f in check(read, known)]
     return sorted(faults, key=lambda f: [*CODES].index(f.code))
-
-# %% ../nbs/05b_filters.ipynb #3184075a
-PLANTED = files("rsground_nb") / "assets" / "planted.json"  # wordings with slots, by what they are for
-
-@lru_cache
-def wordings(): return json.loads(PLANTED.read_text(encoding="utf-8"))
-
-def planted_row(rng, k):
-    "(row, codec): the k-th kind of scene, image size, convention and knowledge of objects in turn."
-    side, height, style = ((112, 112, "simple"), (800, 600, "aerial"), (1024, 1024, "aerial"), (800, 800, "other"))[k % 4]
-    found = None
-    while not found or area(found[1].box) < 100:
-        scene = make_scene(rng, side, style=style)
-        found = choose(scene, rng, get_rules(style, None))
-    text, target, _ = found
-    squash = lambda box: [float(v * s) for v, s in zip(box, (1, height / side) * 2)]  # keeps what is said about places true
-    objects = [dict(category=t.category, colour=t.colour, box=squash(t.box)) for t in scene.things if t.pixels]
-    codec = Codec("qwen3_vl") if k // 4 % 2 else Codec("qwen2_5_vl", max_pixels=(112 if side == 112 else 504) ** 2)
-    return dict(expression=text, box=squash(target.box), width=side, height=height, category=target.category, objects=None if k // 8 % 3 == 2 else objects), codec
-
-OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-WORDING = {"top": ("top", "upper"), "bottom": ("bottom", "lower"), "left": ("left",), "right": ("right",), "centre": ("centre", "middle", "center")}
-SPOTS = ("in the {} of the image", "at the {}", "in the {} part of the picture", "toward the {} of the frame", "in the {} area")
-
-def opposite(cell): return " ".join(OPPOSITE.get(w, "bottom right") for w in cell.split())
-
-def in_words(cell, rng):
-    "'in the upper left part of the picture' for 'top left'."
-    words = [str(rng.choice(WORDING[w])) for w in cell.split()]
-    plain_noun = words[0] in ("upper", "lower") and len(words) == 1
-    return SPOTS[int(rng.choice([2, 4]) if plain_noun else rng.integers(len(SPOTS)))].format(" ".join(words))
-
-def in_figures(x, y, rng):
-    return ("({}, {})", "({}, {})", "x = {}, y = {}", "x {} and y {}")[rng.integers(4)].format(x, y)
-
-# %% ../nbs/05b_filters.ipynb #336a47cf
-def facts(row, codec, rng):
-    "What the wordings of planted.json can say of a row; `other` and `side` only where an object of another kind has a name of its own."
-    size = row["width"], row["height"]
-    x1, y1, x2, y2 = codec.encode(row["box"], *size)
-    cell, noun = region(row["box"], *size), row["category"]
-    said = dict(expr=row["expression"].removeprefix("the "), noun=noun, nouns=noun + "s", x1=x1, y1=y1, x2=x2, y2=y2, w=x2 - x1, h=y2 - y1, there=in_words(cell, rng), not_there=in_words(opposite(cell), rng),
-                not_edge=opposite(cell).split()[-1], at=in_figures((x1 + x2) // 2, (y1 + y2) // 2, rng))
-    if row["objects"] is None: return said
-    names = [(o["colour"], o["category"]) for o in row["objects"]]
-    said["wrong_count"] = ("two", "three", "four", "five", "six")[(sum(c == noun for _, c in names) + int(rng.integers(1, 3))) % 5]  # one more than there are, or two, ...
-    others = [o for o, name in zip(row["objects"], names) if name[1] != noun and names.count(name) == 1 and region(o["box"], *size) != "centre"]
-    for o in others[:1]:
-        a, b, c, d = codec.encode(o["box"], *size)
-        fw, fh = codec.frame(*size)
-        away = ((x1 + x2 - a - c) / 2 / fw, (y1 + y2 - b - d) / 2 / fh)
-        axis = int(abs(away[1]) > abs(away[0]))
-        sides = ("to the left of", "to the right of") if axis == 0 else ("above", "below")
-        if abs(away[axis]) > 0.15: said |= dict(side=sides[away[axis] > 0], wrong_side=sides[away[axis] < 0])
-        there = region(o["box"], *size)
-        said |= dict(other=f"{o['colour']} {o['category']}", other_there=in_words(there, rng), other_not_there=in_words(opposite(there), rng), other_at=in_figures((a + c) // 2, (b + d) // 2, rng),
-                     other_not_at=in_figures(fw - (a + c) // 2, fh - (b + d) // 2, rng))
-    return {**said, **{k[0].upper() + k[1:]: v[0].upper() + v[1:] for k, v in said.items() if isinstance(v, str)}}
-
-# %% ../nbs/05b_filters.ipynb #9307fea1
-NO_THOUGHT = ("<think></think>{a}", "<think>  </think>{a}", "{a}", "{t}{a}", "<think>{t}{a}", "{t}</think>{a}", "<THINK>{t}</THINK>{a}", "<thinking>{t}</thinking>{a}", "<think><think>{t}</think></think>{a}",
-              "{a}<think>{t}</think>", "Sure! <think>{t}</think>{a}", "**Reasoning:** {t}\n{a}", "<reasoning>{t}</reasoning>{a}")
-NO_BOX = ("<think>{t}</think>", "<think>{t}</think><answer>", "<think>{t}</think><answer></answer>", "<think>{t}</think><answer>[{b}", "<think>{t}</think>[{b}]", "<think>{t}</think><answer>[{b3}]</answer>",
-          "<think>{t}</think><answer>[{b}, 7]</answer>", "<think>{t}</think><answer>none</answer>", "<think>{t}</think><answer>[{b}]</answer><answer>[1, 2, 30, 40]</answer>", "<think>{t}</think><answer>[{b}]</answer> I am sure.",
-          "<think>{t}</think><answer>[nan, 2, 3, 4]</answer>", "<think>{t}</think><answer>the {noun}</answer>", "<think>{t}</think><answer>({b})</answer>", "<think>{t}</think><answer>I think [{b}]</answer>", "<think>{t}</think><ANSWER>[{b}]</ANSWER>")
-
-def whole(thought, box): return f"<think>{thought}</think><answer>[{', '.join(map(str, box))}]</answer>"
-
-def moved(box, frame, rng, far=False):
-    "A box of about the same size that overlaps the old one by a third of its union at most; `far`: whose centre is a quarter of the frame away."
-    (x1, y1, x2, y2), (fw, fh) = box, frame
-    while True:
-        dx, dy = rng.uniform(-0.9, 0.9, 2) * (fw, fh) if far or rng.random() < 0.3 else rng.choice([-1, -0.6, 0, 0.6, 1], 2) * (x2 - x1, y2 - y1)
-        new = [round(x1 + dx), round(y1 + dy), round(x2 + dx), round(y2 + dy)]
-        if min(new) >= 0 and new[2] <= fw and new[3] <= fh and iou(new, box) < 0.35 and (not far or max(abs(dx) / fw, abs(dy) / fh) > 0.25): return new
-        if rng.random() < 0.02: return [0, 0, fw, fh] if area(box) < 0.3 * fw * fh and not far else None
-
-def outside_box(box, frame, k):
-    (x1, y1, x2, y2), (fw, fh) = box, frame
-    return ((x1 + fw, y1, x2 + fw, y2), (x1, y1 + fh, x2, y2 + fh), (x1 - fw, y1, x2 - fw, y2), (x1, y1 - fh, x2, y2 - fh), (x1, y1, fw + 40, y2), (x1, y1, x2, fh + 40), (-30, y1, x2, y2),
-            (x1, -30, x2, y2), (x1, y1, x1, y2), (x1, y1, x2, y1), (x2, y1, x1, y2), (x1, y2, x2, y1), (x2, y2, x1, y1))[k % 13]
-
-def other_box(row, codec, k):
-    "(the true box, its centre) as written in another convention."
-    w, h = row["width"], row["height"]
-    fw, fh = ((1000, 1000), (w, h), (1, 1), (100, 100), codec.frame(w, h))[k % 5]
-    a, b, c, d = (v * s for v, s in zip(row["box"], (fw / w, fh / h) * 2))
-    order = k // 5 % 4 if k % 5 == 4 else 0
-    new = ((a, b, c, d), (b, a, d, c), (a, b, c - a, d - b), ((a + c) / 2, (b + d) / 2, c - a, d - b))[order]
-    digits = 3 if fw == 1 else None
-    return [round(v, digits) for v in new], [round(v, digits) for v in ((a + c) / 2, (b + d) / 2)]
-
-# %% ../nbs/05b_filters.ipynb #a4fa5a4e
-def prose(row, codec, rng, half, kinds=("ok", "traps"), change=()):
-    "(thought, which wording) in the voice of a chat model; `change` replaces slots. None if no wording of that half fits the row, or none uses a changed slot."
-    said, pool = {**facts(row, codec, rng), **dict(change)}, [(kind, k) for kind in kinds for k in range(half, len(wordings()[kind]), 2)]
-    for n in rng.permutation(len(pool)):
-        kind, k = pool[n]
-        slots = set(re.findall(r"{(\w+)}", wordings()[kind][k]))
-        if slots <= said.keys() and (not change or slots & dict(change).keys()): return wordings()[kind][k].format(**said), f"{kind} {k}"
-
-def by_rule(row, codec, rng): return between(write_chain(row, codec, rng), "<think>", "</think>")
-
-def untrue(row, codec, rng, half):
-    "(thought, which wording) with one claim that is not so; None if the row allows none of the kind that was drawn."
-    cell, kind = region(row["box"], row["width"], row["height"]), str(rng.choice(["there", "look", "relation", "count", "anchor"]))
-    if kind in ("relation", "count", "anchor"): return prose(row, codec, rng, half, (kind,))
-    if cell == "centre": return None
-    if kind == "look": return by_rule(row, codec, rng).replace(f"at the {cell}", f"at the {opposite(cell)}", 1), "rule look"
-    words = in_words(opposite(cell), rng)
-    return prose(row, codec, rng, half, ("ok",), {"there": words, "There": words[0].upper() + words[1:]})
-
-def misplaced(thought, row, codec, box):
-    "The thought with the last place that it gives moved to the centre of another box; None if it gives none as (x, y)."
-    x1, y1, x2, y2 = codec.encode(row["box"], row["width"], row["height"])
-    head, mark, tail = max((thought.rpartition(f) for f in (f"({a}, {b})" for a in {(x1 + x2) // 2, round((x1 + x2) / 2)} for b in {(y1 + y2) // 2, round((y1 + y2) / 2)})), key=lambda p: len(p[0]) * bool(p[1]))
-    return f"{head}({(box[0] + box[2]) // 2}, {(box[1] + box[3]) // 2}){tail}" if mark else None
-
-def with_leak(thought, rng, half):
-    "The thought with a sentence put in that tells on its author."
-    sentences, leaks = re.split(r"(?<=[.!?]) (?=[A-Z\"])", thought), wordings()["leak"]
-    sentences.insert(int(rng.integers(1, len(sentences) + 1)), leaks[int(rng.choice(range(half, len(leaks), 2)))])
-    return " ".join(sentences)
-
-# %% ../nbs/05b_filters.ipynb #74925625
-def plant(code, row, codec, rng, half, k):
-    "(completion, which wording) with that one defect; None if this row cannot have it in the way that was drawn."
-    frame, box = codec.frame(row["width"], row["height"]), list(codec.encode(row["box"], row["width"], row["height"]))
-    if code == "contradiction": made = untrue(row, codec, rng, half)
-    elif code == "missing_step": made = prose(row, codec, rng, half, ("missing_step",))
-    else: made = (by_rule(row, codec, rng), "rule") if rng.random() < 0.4 else prose(row, codec, rng, half)
-    if made is None: return None
-    thought, way = made
-    text = dict(t=thought, a=whole("", box).removeprefix("<think></think>"), b=", ".join(map(str, box)), b3=", ".join(map(str, box[:3])), noun=row["category"])
-    if code == "no_thought": return NO_THOUGHT[(2 * k + half) % len(NO_THOUGHT)].format(**text), way
-    if code == "no_box": return NO_BOX[(2 * k + half) % len(NO_BOX)].format(**text), way
-    if code == "outside": return whole(thought, outside_box(box, frame, k)), way
-    if code == "wrong_frame":
-        written, middle = other_box(row, codec, k)
-        tiny = k % 5 == 3 and min(written[2] - written[0], written[3] - written[1]) < 6  # of 100 units: lost in rounding
-        if tiny or iou(codec.decode(written, row["width"], row["height"]), row["box"]) > 0.4: return None
-        return whole((misplaced(thought, row, codec, (*middle, *middle)) if k % 2 else None) or thought, written), way
-    if code == "wrong_box":
-        new = moved(box, frame, rng)
-        thought = new and misplaced(thought, row, codec, new)
-        return (whole(thought, new), way) if thought else None
-    if code == "elsewhere":
-        new = moved(box, frame, rng, far=True)
-        thought = new and misplaced(thought, row, codec, new)
-        return (whole(thought, box), way) if thought else None
-    return whole(with_leak(thought, rng, half) if code == "leak" else thought, box), way
-
-def planted_chains(
-    count: int = 40,  # chains per defect; three times as many without
-    seed: int = 0,
-) -> list:
-    "Rows {text, code, half, way, codec, row}: chains with exactly one known defect each, or 'ok', by rule and in prose. `half` (0 or 1) says which half of the wordings was used."
-    rng, made = np.random.default_rng([seed, 5]), []
-    for code in ("ok", *CODES):
-        wanted, k = len(made) + count * (3 if code == "ok" else 1), 0
-        while len(made) < wanted:
-            row, codec = planted_row(rng, k)
-            found = plant(code, row, codec, rng, k // 2 % 2, k)
-            if found: made.append(dict(text=found[0], code=code, half=k // 2 % 2, way=found[1], codec=codec, row=row))
-            k += 1
-    return made

@@ -1,4 +1,4 @@
-"""Filters of chains of thought: form, coordinates, claims, leaks; measured on planted defects and on chains written by someone who did not know the filters."""
+"""Filters of chains of thought: form, coordinates, claims, leaks; measured on texts written by people who did not know the filters. The planted defects are measured in the notebook, which CI executes."""
 import json
 import time
 from collections import Counter
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 from rsground_nb.boxes import Codec
 from rsground_nb.cot import rule_drafts, write_chain
 from rsground_nb.data import load_data
-from rsground_nb.filters import CODES, Fault, find_faults, planted_chains, take_apart, verdict
+from rsground_nb.filters import CODES, Fault, find_faults, take_apart, verdict
 from rsground_nb.rewards import format_score
 from rsground_nb.scale import get_scale
 
@@ -128,30 +128,25 @@ def scores(truth, found):
     return {name: tuple(sum(t == f == name for t, f in zip(truth, found)) / max(1, n) for n in (sum(t == name for t in truth), sum(f == name for f in found))) for name in ["ok", *CODES]}
 
 
-def test_planted_defects_are_found_and_nothing_else():
-    chains = planted_chains(40, 0)
-    assert len(chains) == 480 and Counter(c["code"] for c in chains)["ok"] == 120 and min(Counter(c["code"] for c in chains).values()) == 40
-    measured = scores([c["code"] for c in chains], [verdict(find_faults(c["text"], c["row"], c["codec"])) for c in chains])
-    assert all(recall >= 0.98 and precision >= 0.98 for recall, precision in measured.values()), measured
-
-
-def test_planted_chains_depend_on_the_seed_only():
-    first, again, other = (planted_chains(3, seed) for seed in (1, 1, 2))
-    assert [c["text"] for c in first] == [c["text"] for c in again] != [c["text"] for c in other]
-    assert len({c["way"] for c in planted_chains(40, 3) if c["code"] == "leak"}) >= 10
-
-
 BLIND = [json.loads(line) for line in (Path(__file__).parent / "blind_chains.jsonl").read_text(encoding="utf-8").splitlines()]
 
-MEASURED = {"dev": {}, "test": {"ok": (0.985, 0.852), "missing_step": (1.0, 0.894), "wrong_frame": (0.95, 1.0), "wrong_box": (0.941, 1.0), "leak": (0.714, 1.0), "contradiction": (0.666, 0.923)}}  # 1 and 1 where nothing is said
+MEASURED = {"dev": {}, "test": {"ok": (0.985, 0.884), "missing_step": (1.0, 0.894), "wrong_frame": (0.95, 1.0), "wrong_box": (0.941, 1.0), "leak": (0.857, 1.0), "contradiction": (0.666, 0.923)}}  # 1 and 1 where nothing is said
 
 @pytest.mark.parametrize("half", ["dev", "test"])
 def test_chains_of_another_author(half):
-    """Written without knowledge of the filters. Failures of the half `dev` were read and mended; of the half `test` only these numbers were looked at, four times. The bars are what was measured."""
+    """Written without knowledge of the filters. Failures of the half `dev` were read and mended; of the half `test` only these numbers were looked at, four times by the first author of the filters and once by the second. The bars are what was measured."""
     lines = [x for x in BLIND if x["half"] == half]
     found = [verdict(find_faults(x["text"], x, Codec(x["codec"], max_pixels=x["max_pixels"]))) for x in lines]
     measured = scores([x["defect"] for x in lines], found)
     for name, now in measured.items(): assert all(m >= bar - 1e-3 for m, bar in zip(now, MEASURED[half].get(name, (1, 1)))), (name, now)
+
+
+def test_sentences_written_before_the_patterns_were_read():
+    """120 leaks, 80 honest look-alikes, 60 contradictions and 60 true claims, each in a chain that is right otherwise. Their failures were read and mended: this holds what was won, and says nothing of new texts."""
+    sentences = json.loads((Path(__file__).parent / "claims.json").read_text(encoding="utf-8"))
+    truth, found = zip(*((x["defect"], verdict(find_faults(x["text"], sentences["scenes"][x["scene"]], Codec()))) for x in sentences["rows"]))
+    measured = scores(truth, found)
+    for name, bars in {"leak": (1, 1), "contradiction": (0.933, 0.982), "ok": (0.992, 0.972)}.items(): assert all(m >= bar - 1e-3 for m, bar in zip(measured[name], bars)), (name, measured[name])
 
 
 def test_the_rule_teacher_keeps_all_2000():
