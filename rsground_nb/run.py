@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'whole_path', 'new_run',
-           'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'Parser', 'parser',
-           'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
+           'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'cot_options', 'Parser',
+           'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
            'split_command', 'student_of', 'server_of', 'cot_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
@@ -195,6 +195,27 @@ def title_of(name):
     return title.removeprefix("# "), summary.removeprefix("> ")
 
 # %% ../nbs/90_run.ipynb #f17136f8
+def cot_options(cot):
+    "Add the options of `rsground cot`."
+    cot.add_argument("--out", required=True, help="folder of the chains; the same command again goes on where it stopped")
+    cot.add_argument("--data", default="scenes", help='as for run; default "scenes"')
+    cot.add_argument("--split", default="train", help="default train")
+    cot.add_argument("--scale", default="smoke", help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
+    cot.add_argument("--seed", type=int, default=0, help="of drawn scenes, of the phrasings or the chat teacher's sampling, and of the samples on the page; default 0")
+    cot.add_argument("--limit", type=int, help="the first so many rows only")
+    cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate convention of chapter 01 such as qwen3_vl; default: the model of the scale')
+    cot.add_argument("--max-pixels", type=int, help="of the student's pictures; default: those of the scale")
+    cot.add_argument("--lowest-iou", type=float, default=0.5, help="of an answer with the true box; default 0.5")
+    cot.add_argument("--samples", type=int, default=12, help="of each verdict on the page; default 12")
+    cot.add_argument("--teacher", choices=("rule", "chat"), default="rule", help="rule (default): needs no model; chat: an OpenAI-compatible server")
+    cot.add_argument("--url", help="of the server, for instance http://localhost:8000/v1")
+    cot.add_argument("--model", help="its name on the server")
+    cot.add_argument("--key-env", default="OPENAI_API_KEY", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
+    cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
+    cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
+    cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
+
+# %% ../nbs/90_run.ipynb #d4a90d2d
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
@@ -216,37 +237,20 @@ def parser():
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
-    cot = commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them")
-    cot.add_argument("--out", required=True, help="folder of the chains; the same command again goes on where it stopped")
-    cot.add_argument("--data", default="scenes", help='as for run; default "scenes"')
-    cot.add_argument("--split", default="train", help="default train")
-    cot.add_argument("--scale", default="smoke", help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
-    cot.add_argument("--seed", type=int, default=0, help="of drawn scenes, of the phrasings or the chat teacher's sampling, and of the samples on the page; default 0")
-    cot.add_argument("--limit", type=int, help="the first so many rows only")
-    cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate convention of chapter 01 such as qwen3_vl; default: the model of the scale')
-    cot.add_argument("--max-pixels", type=int, help="of the student's pictures; default: those of the scale")
-    cot.add_argument("--lowest-iou", type=float, default=0.5, help="of an answer with the true box; default 0.5")
-    cot.add_argument("--samples", type=int, default=12, help="of each verdict on the page; default 12")
-    cot.add_argument("--teacher", choices=("rule", "chat"), default="rule", help="rule (default): needs no model; chat: an OpenAI-compatible server")
-    cot.add_argument("--url", help="of the server, for instance http://localhost:8000/v1")
-    cot.add_argument("--model", help="its name on the server")
-    cot.add_argument("--key-env", default="OPENAI_API_KEY", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
-    cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
-    cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
-    cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
+    cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
     data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
     doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
     doctor.add_argument("--format", help="the layout of chapter 02b; default: guessed")
     doctor.add_argument("--images", help="the image folder, if it is not the layout's own")
     doctor.add_argument("--manifest", help="write the good rows as JSON lines into this new file")
+    doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
     split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with --data FILE@FOLDER")
     split.add_argument("path", help="a dataset's folder")
     split.add_argument("out", help="the new file, outside of it")
     split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
     split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
-    doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
     return main
 
 # %% ../nbs/90_run.ipynb #4fa51fa0
