@@ -248,7 +248,7 @@ def test_a_broken_image_costs_its_own_row_only(faulty, tmp_path):
 
 def test_ctrl_c_leaves_at_once_and_keeps_what_came(faulty, tmp_path):
     s = faulty("ok", "ok", "always:slow=300")
-    program = f"from test_chat import *; draw(Server('http://127.0.0.1:{s.port}/v1', 'm', workers=3, timeout=300), Path({str(tmp_path)!r}), 12)"
+    program = f"from test_chat import *; signal.signal(signal.SIGINT, signal.default_int_handler); draw(Server('http://127.0.0.1:{s.port}/v1', 'm', workers=3, timeout=300), Path({str(tmp_path)!r}), 12)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         wait_until(lambda: len(s.log()) == 5)
