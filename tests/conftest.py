@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Two processes share the tests: everything that looks at the smoke run in one group, which takes longest and begins; every other file in a group of its own."""
     items.sort(key=lambda item: "smoke_run" not in item.fixturenames)
