@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 
 from .boxes import Codec, area, iou
-from .grammar import Phrase, cues, in_region, parse_expression, region
+from .grammar import cues, in_region, parse_expression, region
 from .scenes import MARGIN
 
 # %% ../nbs/05_cot.ipynb #3ae7de9c

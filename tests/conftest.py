@@ -11,11 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Two processes share the tests: everything that looks at the smoke run in one group, which takes longest and begins; every other file in a group of its own."""
-    items.sort(key=lambda item: "smoke_run" not in item.fixturenames)
-    for item in items: item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+    """Two processes share the test files. The one with the smoke run takes longest and begins."""
+    items.sort(key=lambda item: item.path.stem != "test_run")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,10 +1,6 @@
 """The whole run: every chapter through papermill, then what it left behind; and every way to ask for it wrongly."""
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import nbformat
 import pandas as pd
@@ -12,11 +8,10 @@ import pytest
 
 from rsground_nb.data import load_data
 from rsground_nb.evaluate import read_predictions
+from rsground_nb.model import student_codec
 from rsground_nb.run import CHAPTERS, main, run_chapter, title_of
 from rsground_nb.scale import get_scale
-
-RSGROUND = [sys.executable, "-c", "import sys; from rsground_nb.run import main; sys.exit(main())"]
-
+from rsground_nb.synthesis import chain_stage, load_chains, read_table
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_every_chapter_ran_to_its_end(smoke_run, name):
@@ -55,6 +50,15 @@ def test_metrics_count_every_expression_once(smoke_run):
 
 def test_most_answers_can_be_read_after_sft(smoke_run):
     assert pd.read_csv(smoke_run / "stages.csv").set_index("stage").unparsable["CoT-SFT"] < 0.5
+
+
+def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
+    table = read_table(smoke_run / "chains" / "chains.jsonl")
+    splits, _ = load_data("scenes", get_scale("smoke"), 0)
+    assert list(table.expression_id) == splits["train"]["expression_id"][:]
+    assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
+    assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
+    assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
 
 
 def test_the_report_stands_alone_and_names_every_chapter(smoke_run):
@@ -99,23 +103,3 @@ def test_the_folder_of_another_run_is_refused(smoke_run, capsys):
 def test_a_chapter_refuses_a_parameter_that_it_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="09_grpo has no parameter sede: it has scale, seed, out, data"): run_chapter("09_grpo", tmp_path / "x.ipynb", sede=3)
     assert not (tmp_path / "x.ipynb").exists()
-
-
-def test_interrupted_and_resumed(tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([*RSGROUND, "run", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if "02_scenes …" in line: break
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    said = process.stdout.read()
-    assert process.wait(60) == 130 and "rsground run --resume --out" in said
-    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_scale", "01_boxes"]
-    first = (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns
-    process = subprocess.Popen([*RSGROUND, "run", "--resume", "--out", str(out)], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "02_scenes:" in line: break
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_scale", "01_boxes", "02_scenes"]
-    assert (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns == first

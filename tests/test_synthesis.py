@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -13,13 +12,11 @@ from rsground_nb import scenes, synthesis
 from rsground_nb.boxes import Codec
 from rsground_nb.chat import Server
 from rsground_nb.cot import RULE_VERSION, Draft, rule_drafts
-from rsground_nb.data import load_data, load_folder, to_dataset
+from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.filters import CODES
-from rsground_nb.model import student_codec
 from rsground_nb.run import main
-from rsground_nb.scale import get_scale
 from rsground_nb.scenes import scene_records
-from rsground_nb.synthesis import VERDICTS, chain_stage, count_verdicts, judge, load_chains, make_chains, read_table, synthesise, training_rows, write_audit, write_table
+from rsground_nb.synthesis import VERDICTS, count_verdicts, judge, load_chains, make_chains, read_table, synthesise, training_rows, write_audit, write_table
 
 CODEC = Codec("qwen2_5_vl", max_pixels=112 * 112)
 
@@ -179,15 +176,6 @@ def test_aerial_mini_is_all_kept(shared):
         table = synthesise(rows, Codec("qwen2_5_vl"))[1]
         assert set(table.verdict) == {"ok"}, name
         assert table.completion.str.contains("<think>").all()
-
-
-def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
-    table = read_table(smoke_run / "chains" / "chains.jsonl")
-    splits, _ = load_data("scenes", get_scale("smoke"), 0)
-    assert list(table.expression_id) == splits["train"]["expression_id"][:]
-    assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
-    assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
-    assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
 
 
 CHAT = ["--teacher", "chat", "--url", "http://127.0.0.1:1/v1", "--model", "m"]
