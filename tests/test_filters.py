@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from rsground_nb.boxes import Codec
-from rsground_nb.cot import rule_drafts, write_chain
+from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_data
 from rsground_nb.filters import CODES, Fault, find_faults, take_apart, verdict
 from rsground_nb.rewards import format_score
