@@ -1,5 +1,6 @@
 """Shared by all tests: where the shared data are, and one smoke run that several tests look at."""
 import os
+import sys
 from pathlib import Path
 
 os.environ["IN_TEST"] = "1"  # a notebook's last cell must not export while tests run
@@ -9,6 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
+
+
+def lines_run(work):
+    """How many lines of Python (counted with calls and returns) `work()` executes."""
+    count = 0
+    def tick(frame, event, arg):
+        nonlocal count
+        count += 1
+        return tick
+    before = sys.gettrace()
+    sys.settrace(tick)
+    try: work()
+    finally: sys.settrace(before)
+    return count
 
 
 def pytest_collection_modifyitems(items):

@@ -1,18 +1,14 @@
 """Filters of chains of thought: form, coordinates, claims, leaks; measured on texts written by people who did not know the filters. The planted defects are measured in the notebook, which CI executes."""
 import json
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import lines_run
 from hypothesis import example, given, settings, strategies as st
 
 from rsground_nb.boxes import Codec
-from rsground_nb.cot import rule_drafts
-from rsground_nb.data import load_data
 from rsground_nb.filters import CODES, Fault, find_faults, take_apart, verdict
 from rsground_nb.rewards import format_score
-from rsground_nb.scale import get_scale
 
 GRID, PIXELS = Codec("qwen3_vl"), Codec("qwen2_5_vl", max_pixels=112 * 112)
 OBJECTS = [dict(category="vehicle", colour="white", box=[100, 100, 140, 120]), dict(category="vehicle", colour="red", box=[600, 110, 640, 140]),
@@ -113,11 +109,9 @@ def test_without_faults_of_form_the_format_reward_pays(text):
 
 @pytest.mark.parametrize("unit", ["the minibus at (1, 2) left of it ", "upper left of ", "x y ", "given the box ", "the ", "( ", "1", " ", "it is left of it, which is two "])
 def test_the_work_grows_with_the_length_not_its_square(unit):
-    def seconds(length):
-        text = f"<think>{unit * (length // len(unit))}{END}"
-        began = time.process_time(); find_faults(text, KNOWN, GRID)
-        return time.process_time() - began
-    assert min(seconds(60_000) for _ in range(2)) < 10 * max(seconds(15_000), 0.01)  # 4 if linear, 16 if quadratic
+    """Lines executed; what a pattern does inside is not counted, but it must come to its end."""
+    def lines(length): return lines_run(lambda: find_faults(f"<think>{unit * (length // len(unit))}{END}", KNOWN, GRID))
+    assert lines(40_000) < 6 * max(lines(10_000), 1000)  # 4 if linear, 16 if quadratic
 
 
 # measured
@@ -146,12 +140,3 @@ def test_sentences_written_before_the_patterns_were_read():
     truth, found = zip(*((x["defect"], verdict(find_faults(x["text"], sentences["scenes"][x["scene"]], Codec()))) for x in sentences["rows"]))
     measured = scores(truth, found)
     for name, bars in {"leak": (1, 1), "contradiction": (0.933, 0.982), "ok": (0.992, 0.972)}.items(): assert all(m >= bar - 1e-3 for m, bar in zip(measured[name], bars)), (name, measured[name])
-
-
-def test_the_rule_teacher_keeps_all_2000():
-    rows = load_data("scenes", get_scale("smoke"), 0)[0]["train"]
-    found = Counter()
-    for seed in range(-(-2000 // len(rows))):
-        for codec in (PIXELS if seed % 2 else GRID,):
-            found.update(verdict(find_faults(d.completion, r, codec)) for d, r in zip(rule_drafts(rows, codec, seed), rows.remove_columns("image")))
-    assert set(found) == {"ok"} and sum(found.values()) >= 2000

@@ -1,8 +1,8 @@
 """The grammar of positional language: against the scenes' own reader, sentences taken apart by hand, real annotation files, and any text at all."""
-import sys
 
 import numpy as np
 import pytest
+from conftest import lines_run
 from hypothesis import example, given, settings, strategies as st
 
 from rsground_nb.data import load_folder
@@ -174,17 +174,7 @@ def test_case_spaces_and_a_full_stop_do_not_matter(words):
 @pytest.mark.parametrize("text", ("the ", "on ", "very ", "side ", "left of ", "left of the bus ", "on the ", "and ", "a pond and ", "center of the ", "nearest to ", "from the left of the ", "zeppelin ", "second ", "of ", "- ", "x"))
 def test_work_grows_no_faster_than_the_text(reading, text):
     """Lines executed on n and on 2n repetitions."""
-    def lines(n):
-        count, long = 0, text * n
-        def tick(frame, event, arg):
-            nonlocal count
-            count += 1
-            return tick
-        before = sys.gettrace()
-        sys.settrace(tick)
-        try: reading(long)
-        finally: sys.settrace(before)
-        return count
+    def lines(n): return lines_run(lambda: reading(text * n))
     assert lines(400) <= 2.2 * lines(200) + 100
 
 
