@@ -171,18 +171,16 @@ def write_report(
     path: str | Path,    # the HTML file to write
 ):
     "One self-contained HTML page about a run whose evaluation is there."
-    import jinja2
     import pandas as pd
     from rsground_nb.grpo import silent
-    from rsground_nb.synthesis import as_data_url
+    from rsground_nb.synthesis import as_data_url, fill_in
 
     out = Path(run["out"])
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string((files("rsground_nb") / "assets" / "report.html").read_text(encoding="utf-8"))
     stages, sft, grpo = pd.read_csv(out / "stages.csv"), pd.read_csv(out / "sft" / "log.csv"), pd.read_csv(out / "grpo" / "log.csv")
     judged, cards = gallery(out, run["data"], run["scale"], run["seed"])
     rewards = {f"rewards/{n}_reward/mean": n for n in ("format", "iou", "positional")}
-    page = template.render(
-        run=run, cards=cards, judged=judged, verdict=verdict(stages), silent=silent(grpo),
+    page = fill_in(
+        "report.html", run=run, cards=cards, judged=judged, verdict=verdict(stages), silent=silent(grpo),
         titles={name: title_of(name) for name in run["chapters"]}, metrics=pd.read_csv(out / "metrics.csv").to_dict("records"), stages=stages.to_dict("records"),
         sft_curve=as_data_url(curves(sft, {"loss": "loss"}, "nats per token")), reward_curve=as_data_url(curves(grpo, rewards, "mean reward")),
         weight_curve=as_data_url(curves(grpo, {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "share of silent groups"}, "")))

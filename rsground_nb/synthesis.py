@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'ORIGIN', 'LINE', 'OWN_FILES', 'judge', 'count_verdicts', 'training_rows', 'synthesise', 'write_whole',
-           'write_table', 'read_table', 'load_chains', 'as_data_url', 'card', 'draw_lots', 'write_audit',
+           'write_table', 'read_table', 'load_chains', 'as_data_url', 'card', 'draw_lots', 'fill_in', 'write_audit',
            'check_folder', 'make_chains', 'chain_stage']
 
 # %% ../nbs/05d_synthesis.ipynb #5dda647d
@@ -16,7 +16,6 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +173,13 @@ def draw_lots(
     places = {v: np.flatnonzero(table.verdict == v) for v in VERDICTS}
     return {v: sorted(rng.choice(p, min(count, len(p)), replace=False).tolist()) for v, p in places.items() if len(p)}
 
+def fill_in(name, **values):
+    "A page of the package's assets with its values."
+    import jinja2
+
+    pages = jinja2.Environment(loader=jinja2.PackageLoader("rsground_nb", "assets"), autoescape=True, undefined=jinja2.StrictUndefined)
+    return pages.get_template(name).render(**values)
+
 def write_audit(
     rows: Dataset,
     table: pd.DataFrame,  # of `judge`, the same rows in the same order
@@ -184,13 +190,10 @@ def write_audit(
     about: dict | None = None,  # shown at the head of the page
 ):
     "One self-contained HTML page: counts, and samples of every verdict with image, boxes, chain and faults."
-    import jinja2
-
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string((files("rsground_nb") / "assets" / "audit.html").read_text(encoding="utf-8"))
     lots = draw_lots(table, count, seed)
     lines = table.to_dict("records")
     cards = {v: [card(rows, k, lines[k], codec) for k in places] for v, places in lots.items()}
-    page = template.render(counts=count_verdicts(table).reset_index().to_dict("records"), cards=cards, meaning=VERDICTS, about=about or {}, total=len(table))
+    page = fill_in("audit.html", counts=count_verdicts(table).reset_index().to_dict("records"), cards=cards, meaning=VERDICTS, about=about or {}, total=len(table))
     write_whole(path, page)
 
 # %% ../nbs/05d_synthesis.ipynb #41d40559
