@@ -157,13 +157,14 @@ class Scene:
     side: int
     ground: str
     things: list
-    style: str = "simple"
+    style: str | Style = "simple"
     covers: tuple = ()       # (kind, outline) of what hides parts of objects: "tree" or "cloud"
     sun: float = 0.785       # direction in which shadows fall, radians clockwise from +x
     grey: bool = False       # panchromatic
 
 def get_style(name):
-    "The style of that name. Raises ValueError with the known names for any other."
+    "The style of that name; a Style is its own. Raises ValueError with the known names for any other."
+    if isinstance(name, Style): return name
     if name not in STYLES: raise ValueError(f"unknown style {name!r}: use one of {', '.join(STYLES)}")
     return STYLES[name]
 
@@ -272,7 +273,7 @@ def make_scene(
     rng: np.random.Generator,
     side: int = 112,                                  # pixels
     fewest: int | None = None, most: int | None = None,  # objects; None: as the style says
-    style: str = "simple",                            # simple, aerial, other
+    style: str | Style = "simple",                    # simple, aerial, other, or one of your own
 ) -> Scene:
     "A random scene of `fewest` to `most` objects whose boxes do not touch. Raises ValueError for an unknown style, `most` < `fewest`, or where `fewest` find no room."
     look = get_style(style)
