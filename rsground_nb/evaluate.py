@@ -8,9 +8,10 @@ __all__ = ['FIVE', 'MODES', 'CUE_TYPES', 'SIZE_GROUPS', 'CROWDS', 'CELLS', 'FEWE
            'rsthinker_iou', 'Mode', 'check_boxes', 'tally', 'compare_modes', 'cue_types', 'truth_table', 'strata',
            'score_strata', 'plot_strata', 'predict', 'write_predictions', 'read_predictions', 'score', 'refuse', 'once',
            'is_box', 'read_line', 'disagrees', 'check_predictions', 'load_predictions', 'as_arrays', 'evaluate_file',
-           'mask_areas', 'mask_metrics', 'constant_guess', 'gain', 'evaluate_stage']
+           'mask_areas', 'mask_metrics', 'shares', 'answer_with', 'constant_guess', 'random_boxes', 'central',
+           'words_alone', 'largest_object', 'without_model', 'gain', 'evaluate_stage']
 
-# %% ../nbs/10_evaluate.ipynb #d3c61878
+# %% ../nbs/10_evaluate.ipynb #cd92ce63
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
-from .boxes import completion_box, iou, parse_completion, read_mask
+from .boxes import area, completion_box, iou, parse_completion, read_mask
 from .data import held_out, load_data, split_hash
 from .grammar import cues
 from .grpo import grpo_stage
@@ -442,13 +443,52 @@ def mask_metrics(
     found = {name: {name: float(v), f"{name}_low": float(low), f"{name}_high": float(high)} for name, v, low, high in zip(pairs, *ratios(list(pairs.values()), images, seed, draws))}
     return {"N": len(ious), **{key: v for part in found.values() for key, v in part.items()}}
 
-# %% ../nbs/10_evaluate.ipynb #9480ea80
+# %% ../nbs/10_evaluate.ipynb #3d6c7da7
+def shares(rows):
+    "(N, 4): the true boxes as shares of their images."
+    return np.array([np.array(b) / (w, h, w, h) for b, w, h in zip(rows["box"], rows["width"], rows["height"])])
+
+def answer_with(boxes, rows):
+    "Predictions for `rows` from boxes in shares of the image, one for each row."
+    plain = rows.remove_columns("image")
+    pixels = [[v * s for v, s in zip(b, (r["width"], r["height"]) * 2)] for b, r in zip(boxes, plain)]
+    return [dict(image_id=r["image_id"], box=r["box"], predicted=b, iou=iou(b, r["box"])) for r, b in zip(plain, pixels)]
+
 def constant_guess(train, rows):
     "Predictions of the mean training box, in shares of the image, for every row."
-    sides = lambda r: np.array([r["width"], r["height"]] * 2)
-    mean = np.mean([np.array(r["box"]) / sides(r) for r in train.remove_columns("image")], 0)
-    boxes = [list(mean * sides(r)) for r in rows.remove_columns("image")]
-    return [dict(image_id=r["image_id"], box=r["box"], predicted=b, iou=iou(b, r["box"])) for r, b in zip(rows.remove_columns("image"), boxes)]
+    return answer_with([shares(train).mean(0)] * len(rows), rows)
+
+# %% ../nbs/10_evaluate.ipynb #3c65f699
+def random_boxes(train, rows, seed=0):
+    "For each row the box of a random training row."
+    known = shares(train)
+    return answer_with(known[np.random.default_rng(seed).integers(len(known), size=len(rows))], rows)
+
+def central(boxes):
+    "The box among (at most 200 of) these with the highest mean IoU to all of them."
+    candidates = boxes[:200]
+    low, high = (f(candidates[:, None], boxes[None]) for f in (np.maximum, np.minimum))
+    shared = (high[..., 2:] - low[..., :2]).clip(0).prod(-1)
+    area = lambda b: (b[:, 2:] - b[:, :2]).prod(-1)
+    return candidates[(shared / (area(candidates)[:, None] + area(boxes) - shared)).mean(1).argmax()]
+
+def words_alone(train, rows):
+    "For each row the central box of the training rows with the same cues, colours aside; of all training rows where there are none."
+    said = lambda rows: [tuple(words for kind, words in cues(e) if kind != "colour") for e in rows["expression"]]
+    known, keys = shares(train), pd.Series(said(train))
+    best, anywhere = {key: central(known[part.index]) for key, part in keys.groupby(keys)}, central(known)
+    return answer_with([best.get(key, anywhere) for key in said(rows)], rows)
+
+def largest_object(rows):
+    "For each row the largest annotated object of its picture. Raises ValueError unless all rows have `objects`."
+    if None in rows["objects"][:]: raise ValueError("largest_object needs the column `objects`, all objects of each picture")
+    boxes = [max((o["box"] for o in objects), key=area) for objects in rows["objects"]]
+    return answer_with([np.array(b) / (w, h, w, h) for b, w, h in zip(boxes, rows["width"], rows["height"])], rows)
+
+def without_model(train, rows, seed=0):
+    "name -> predictions: the answers that need no model, as far as the rows allow."
+    found = {"constant guess": constant_guess(train, rows), "random box": random_boxes(train, rows, seed), "words alone": words_alone(train, rows)}
+    return found if None in rows["objects"][:] else {**found, "largest object": largest_object(rows)}
 
 # %% ../nbs/10_evaluate.ipynb #98fddc7d
 def gain(found, guess):
@@ -457,7 +497,7 @@ def gain(found, guess):
     low, high = interval(difference, [g["image_id"] for g in guess])
     return dict(gain=float(difference.mean()), gain_low=low, gain_high=high)
 
-# %% ../nbs/10_evaluate.ipynb #abaac303
+# %% ../nbs/10_evaluate.ipynb #2673c1e5
 def evaluate_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder: writes predictions/, metrics.csv and stages.csv
@@ -470,7 +510,7 @@ def evaluate_stage(
         start(seed)
         splits, _ = load_data(data, size, seed)
         judged = held_out(splits)
-        stages = {"constant guess": constant_guess(splits["train"], splits[judged])}
+        stages = without_model(splits["train"], splits[judged], seed)
         for name, folder in folders.items():
             model, processor = load_vlm(folder, size.max_pixels)
             for split in splits if name == "GRPO" else [judged]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpatialGRPOConfig', 'SpatialGRPOTrainer', 'grpo_rows', 'grpo_trainer', 'grpo_stage', 'silent']
 
-# %% ../nbs/09_grpo.ipynb #5c66d0d1
+# %% ../nbs/09_grpo.ipynb #64dfd1d3
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .boxes import Codec
 from .consistency import consistency_weight, group_statistics
 from .data import load_data
-from .model import SPECIAL, codec_of, fingerprint, load_vlm, lora_config, to_prompt
+from .model import SPECIAL, adapt, codec_of, fingerprints, load_vlm, to_prompt
 from .rewards import REWARD_WEIGHTS, make_rewards
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .sft import save_stage, sft_stage
@@ -73,7 +73,7 @@ def grpo_rows(
     kept = rows.select_columns(["image", "expression", "box", "width", "height"])
     return kept.add_column("prompt", [to_prompt(e) for e in kept["expression"]])
 
-# %% ../nbs/09_grpo.ipynb #476f60e2
+# %% ../nbs/09_grpo.ipynb #2a36c3f8
 def grpo_trainer(
     model, processor,
     rows: Dataset,     # of grpo_rows
@@ -83,7 +83,7 @@ def grpo_trainer(
     out: str | Path,   # working folder of the trainer
     **kwargs,          # to SpatialGRPOConfig, over what is set here
 ) -> SpatialGRPOTrainer:
-    "The trainer with the three rewards of chapter 07 and LoRA on the language part."
+    "The trainer with the three rewards of chapter 07; LoRA on the language part, or all of it if `scale.lora_rank` is 0."
     gpu = torch.cuda.is_available()
     rollouts = scale.prompts_per_step * scale.num_generations
     per_pass = min(rollouts, scale.rows_per_pass)
@@ -94,9 +94,9 @@ def grpo_trainer(
         reward_weights=REWARD_WEIGHTS, generation_kwargs=dict(suppress_tokens=blocked), logging_steps=1, save_strategy="no", report_to="none", use_cpu=not gpu, bf16=gpu,
         activation_checkpointing=gpu, seed=seed)
     return SpatialGRPOTrainer(model=model, reward_funcs=make_rewards(codec), args=SpatialGRPOConfig(**{**settings, **kwargs}), train_dataset=rows,
-                              processing_class=processor, peft_config=lora_config(scale.lora_rank))
+                              processing_class=processor, peft_config=adapt(model, scale.lora_rank))
 
-# %% ../nbs/09_grpo.ipynb #31f78243
+# %% ../nbs/09_grpo.ipynb #6a4930a0
 def grpo_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder; this stage writes to `grpo` inside it
@@ -110,7 +110,7 @@ def grpo_stage(
     model, processor = load_vlm(str(before), size.max_pixels)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of(model.config.model_type, processor), size, seed, folder / "trainer")
-    prints, began = {part: fingerprint(trainer.model, part == "lora") for part in ("base", "lora")}, time.time()
+    prints, began = fingerprints(trainer.model), time.time()
     trainer.train()
     save_stage(trainer, processor, folder, prints, (time.time() - began) / 60)
     finish_stage(folder, **settings)

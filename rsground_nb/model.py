@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'TEMPLATES', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF', 'make_tokenizer',
            'GroundingProcessor', 'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor',
-           'folder_and_kind', 'load_vlm', 'codec_of', 'student_codec', 'generate_answers', 'lora_config', 'fingerprint',
-           'save_tiny']
+           'folder_and_kind', 'load_vlm', 'load_tiny', 'codec_of', 'student_codec', 'generate_answers', 'save_tiny',
+           'lora_config', 'adapt', 'fingerprint', 'fingerprints', 'kept_bytes', 'memory_plan']
 
-# %% ../nbs/04_model.ipynb #6971a759
+# %% ../nbs/04_model.ipynb #468afa6c
 import hashlib
 import math
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer,
                           Qwen2VLConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from trl.chat_template_utils import qwen2_5_vl_training_chat_template, qwen3_vl_training_chat_template
 
-from .boxes import Codec
+from .boxes import Codec, smart_resize
 from .scenes import expressions, make_scene
 
 # %% ../nbs/04_model.ipynb #940b3afb
@@ -123,7 +124,7 @@ def load_processor(
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     return GroundingProcessor(eyes, tokenizer, chat_template=TEMPLATES[kind])
 
-# %% ../nbs/04_model.ipynb #4267d20d
+# %% ../nbs/04_model.ipynb #d193ff6b
 def folder_and_kind(name):
     "(folder or hub name, model type). Raises ValueError for a model class whose coordinates this book has no codec for."
     folder = str(ASSETS / "tiny") if name == "tiny" else name
@@ -134,13 +135,19 @@ def folder_and_kind(name):
 def load_vlm(
     name: str = "tiny",           # "tiny", a local folder, or a hub name
     max_pixels: int = 112 * 112,  # larger images are shrunk to this area
-    **kwargs,                     # to from_pretrained: dtype, attn_implementation, ...
+    plan: dict | None = None,     # settings for `memory_plan`, which is then printed before any weight is read
+    **kwargs,                     # to from_pretrained: dtype (default: bfloat16 on a GPU, else float32), attn_implementation ("sdpa", "eager", "flash_attention_2"), ...
 ):
-    "(model, processor). Raises ValueError for a model class whose coordinates this book has no codec for."
+    "(model, processor) of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL class. Raises ValueError for a model class whose coordinates this book has no codec for."
     folder, _ = folder_and_kind(name)
     kwargs.setdefault("dtype", torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    if plan is not None: print(memory_plan(AutoConfig.from_pretrained(folder), dtype=kwargs["dtype"], max_pixels=max_pixels, **plan).to_string())
     model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
     return model, load_processor(folder, max_pixels)
+
+def load_tiny():
+    "(model, processor) of the tiny model that is shipped inside the package: no network, no download."
+    return load_vlm("tiny", dtype=torch.float32)
 
 # %% ../nbs/04_model.ipynb #9b344c7f
 CODEC_OF = {"qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
@@ -183,7 +190,14 @@ def generate_answers(
         answers += processor.batch_decode(made[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
     return answers
 
-# %% ../nbs/04_model.ipynb #70d062f0
+# %% ../nbs/04_model.ipynb #7fc83176
+def save_tiny(model, processor, out):
+    "Weights in 16 bit as safetensors, with configuration, tokenizer and processor beside them."
+    processor.save_pretrained(out)
+    state = {name: weight.half() for name, weight in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+
+# %% ../nbs/04_model.ipynb #d8472d92
 def lora_config(
     rank: int,  # alpha is twice the rank, as in VLM-R1's scripts [ours]
 ) -> LoraConfig:
@@ -191,20 +205,77 @@ def lora_config(
     layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM")
 
+def adapt(
+    model,      # its weights are frozen as far as they shall not move
+    rank: int,  # of LoRA; 0: every weight of the language part moves
+) -> LoraConfig | None:
+    "What TRL wants as `peft_config`: LoRA, or None for full fine-tuning. The vision tower is frozen either way."
+    model.model.visual.requires_grad_(False)
+    return lora_config(rank) if rank else None
+
 def fingerprint(
     model,
-    lora: bool,  # True: the LoRA matrices only; False: everything else
+    trained: bool,  # True: the weights that training moves; False: the frozen ones
 ) -> str:
     "SHA-256 over the names and bytes of the chosen weights. Equal fingerprints mean bit-identical weights."
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        if ("lora_" in name) == lora:
+    for name, weight in sorted(model.named_parameters()):
+        if weight.requires_grad == trained:
             digest.update(name.encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_model.ipynb #7fc83176
-def save_tiny(model, processor, out):
-    "Weights in 16 bit as safetensors, with configuration, tokenizer and processor beside them."
-    processor.save_pretrained(out)
-    state = {name: weight.half() for name, weight in model.state_dict().items()}
-    model.save_pretrained(out, state_dict=state)
+def fingerprints(model):
+    "Of the frozen and of the trained weights."
+    return dict(frozen=fingerprint(model, False), trained=fingerprint(model, True))
+
+# %% ../nbs/04_model.ipynb #7ae10a2e
+def kept_bytes(
+    run,    # a function without arguments that runs a forward pass
+    model,  # its parameters are not counted
+) -> int:
+    "Bytes of all tensors that autograd keeps while `run()` runs, each storage once."
+    kept, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): result = run()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+# %% ../nbs/04_model.ipynb #edd8dd15
+def memory_plan(
+    config,                         # of a Qwen-VL model
+    rank: int = 64,                 # of LoRA; 0: every weight of the language part moves
+    num_generations: int = 8,       # rollouts written at the same time
+    rows_per_pass: int = 1,         # rollouts in one forward and backward pass
+    width: int = 800, height: int = 800,  # of the images, original pixels
+    max_pixels: int = 1024 * 1024,
+    prompt_tokens: int = 64,        # text, without the image
+    completion_tokens: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = True,     # keep only the input of each layer and compute the rest again
+) -> pd.Series:
+    "GiB of one GRPO step on one device, part by part; batches in flight, buffers of libraries and fragmentation come on top."
+    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    text, vision, size = config.text_config, config.vision_config, dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters())
+    model = get_peft_model(model, adapt(model, rank)) if adapt(model, rank) else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    factor = vision.patch_size * vision.spatial_merge_size
+    copy = smart_resize(height, width, factor, max_pixels=max_pixels)
+    length = copy[0] * copy[1] // factor ** 2 + prompt_tokens + completion_tokens
+    states = torch.zeros(rows_per_pass, length, text.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    language = next(m for name, m in model.named_modules() if name.endswith("language_model"))
+    places = language.rotary_emb(states, torch.zeros(3, rows_per_pass, length, dtype=torch.long, device="meta"))
+    layer = kept_bytes(lambda: language.layers[0](states, attention_mask=None, position_embeddings=places), model)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers, inputs = text.num_hidden_layers, states.numel() * size
+    return pd.Series({
+        "weights": weights * size,
+        "LoRA weights": sum(p.nbytes for p in trained) * bool(rank),
+        "gradients": sum(p.nbytes for p in trained),
+        "Adam": 2 * sum(p.nbytes for p in trained),
+        "keys and values": 2 * num_generations * length * layers * text.num_key_value_heads * head_dim * size,
+        "activations": layers * inputs + layer if checkpointing else layers * layer,
+        "logits": 3 * rows_per_pass * completion_tokens * text.vocab_size * size,  # themselves, their log-softmax, their gradient
+    }, name="GiB") / 2 ** 30

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'CATEGORIES', 'COLOUR_NAMES', 'BINS', 'PIXELS', 'NUMERALS', 
            'make_bank', 'turn_patches', 'turn_box', 'Views', 'draw_views', 'EyeTest', 'dense_truth', 'plain_patches',
            'box_text', 'point_text', 'names_of', 'listed', 'ask_name', 'ask_point', 'ask_what', 'ask_where', 'ask_list',
            'ask_all', 'ask_echo', 'dialogues', 'Rows', 'pack_rows', 'fill_rows', 'look_loss', 'run_steps', 'save_log',
-           'pretrain', 'losses']
+           'pretrain', 'losses', 'name_quiz']
 
 # %% ../nbs/04b_pretrain.ipynb #c960e318
 import time
@@ -359,3 +359,19 @@ def losses(model, rows, views):
     hook.remove()
     counts = rows.labels >= 0
     return F.cross_entropy(model.lm_head(states[counts]), rows.labels[counts]), look_loss(layer, *caught[0], rows, views.owner, heads)
+
+# %% ../nbs/04b_pretrain.ipynb #6904d708
+def name_quiz(
+    count: int, seed: int,
+    style: Style = Style(sizes=(0.10, 0.40), objects=(2, 6)),
+) -> list:
+    "`count` dicts: image, expression (a name that fits one object), box (pixels), objects (how many). Fresh scenes of 112 px."
+    rng, found = np.random.default_rng([seed, 6]), []
+    while len(found) < count:
+        scene = make_scene(rng, style=style)
+        objects = [(t.category, t.colour, None) for t in scene.things]
+        named = [(t, name) for k, t in enumerate(scene.things) for name in names_of(k, objects)]
+        if not named: continue
+        thing, name = named[rng.integers(len(named))]
+        found.append(dict(image=draw_scene(scene, rng), expression=f"the {name}", box=thing.box, objects=len(scene.things)))
+    return found

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# %% ../nbs/00_scale.ipynb #32c0fc78
+# %% ../nbs/00_scale.ipynb #19b5be29
 @dataclass(frozen=True)
 class Scale:
     "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
@@ -22,7 +22,7 @@ class Scale:
     num_test: int
     image_side: int             # side of a synthetic scene
     max_pixels: int             # an image is shrunk until it has at most this many pixels
-    lora_rank: int
+    lora_rank: int              # 0: no LoRA, all weights of the language part move
     sft_steps: int
     sft_batch_size: int
     sft_learning_rate: float

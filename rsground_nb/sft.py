@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['sft_trainer', 'save_stage', 'sft_stage']
 
-# %% ../nbs/06_sft.ipynb #a6b502c5
+# %% ../nbs/06_sft.ipynb #ab5f3ab7
 import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from .data import load_data
-from .model import codec_of, fingerprint, load_vlm, lora_config
+from .model import adapt, codec_of, fingerprints, load_vlm
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .synthesis import chain_stage, load_chains
 
-# %% ../nbs/06_sft.ipynb #47782cb3
+# %% ../nbs/06_sft.ipynb #1761ba89
 def sft_trainer(
     model, processor,
     chains: Dataset,     # of `synthesis.load_chains`: prompt, image, completion
@@ -28,7 +29,7 @@ def sft_trainer(
     out: str | Path,     # working folder of the trainer
     **kwargs,            # to SFTConfig, over what is set here
 ) -> SFTTrainer:
-    "TRL's trainer with LoRA on the language part and the vision tower frozen."
+    "TRL's trainer; LoRA on the language part, or all of it if `scale.lora_rank` is 0; the vision tower is frozen."
     gpu = torch.cuda.is_available()
     per_pass = min(scale.sft_batch_size, scale.rows_per_pass)
     settings = dict(
@@ -37,21 +38,22 @@ def sft_trainer(
         lr_scheduler_type="cosine", warmup_steps=max(1, scale.sft_steps // 20), logging_steps=max(1, scale.sft_steps // 20), save_strategy="no", report_to="none",
         max_length=None, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu, seed=seed)
     return SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
-                      processing_class=processor, peft_config=lora_config(scale.lora_rank))
+                      processing_class=processor, peft_config=adapt(model, scale.lora_rank))
 
-# %% ../nbs/06_sft.ipynb #17dfae8d
+# %% ../nbs/06_sft.ipynb #c8d73e9c
 def save_stage(trainer, processor, folder, before, minutes):
-    "Adapter, merged model, log.csv and weights.csv of a finished training run."
-    after = {part: fingerprint(trainer.model, part == "lora") for part in ("base", "lora")}
-    pd.DataFrame(dict(before=before, after=after)).rename_axis("weights").to_csv(folder / "weights.csv")
+    "Model (with an adapter merged in, which is also kept apart), log.csv and weights.csv of a finished training run."
+    pd.DataFrame(dict(before=before, after=fingerprints(trainer.model))).rename_axis("weights").to_csv(folder / "weights.csv")
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
     log.assign(minutes=round(minutes, 2)).to_csv(folder / "log.csv", index=False)
-    trainer.model.save_pretrained(folder / "adapter")
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    merged.save_pretrained(folder / "model")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder / "adapter")
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 
-# %% ../nbs/06_sft.ipynb #a4e90a5b
+# %% ../nbs/06_sft.ipynb #eb13f373
 def sft_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder; this stage writes to `sft` inside it
@@ -66,7 +68,7 @@ def sft_stage(
     chains = load_chains(chain_stage(data, scale, seed, out), splits["train"], codec_of(model.config.model_type, processor))
     folder.mkdir(parents=True, exist_ok=True)
     trainer = sft_trainer(model, processor, chains, size, seed, folder / "trainer")
-    before, began = {part: fingerprint(trainer.model, part == "lora") for part in ("base", "lora")}, time.time()
+    before, began = fingerprints(trainer.model), time.time()
     trainer.train()
     save_stage(trainer, processor, folder, before, (time.time() - began) / 60)
     finish_stage(folder, **settings)

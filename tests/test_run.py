@@ -24,8 +24,8 @@ def test_every_chapter_ran_to_its_end(smoke_run, name):
 def test_training_left_curves_and_moved_only_lora(smoke_run):
     for stage in ("sft", "grpo"):
         weights = pd.read_csv(smoke_run / stage / "weights.csv", index_col="weights")
-        assert weights.loc["base", "before"] == weights.loc["base", "after"], stage
-        assert weights.loc["lora", "before"] != weights.loc["lora", "after"], stage
+        assert weights.loc["frozen", "before"] == weights.loc["frozen", "after"], stage
+        assert weights.loc["trained", "before"] != weights.loc["trained", "after"], stage
         assert (smoke_run / stage / "model" / "model.safetensors").is_file() and (smoke_run / stage / "adapter" / "adapter_model.safetensors").is_file()
     log = pd.read_csv(smoke_run / "grpo" / "log.csv")
     assert list(log.step) == list(range(1, get_scale("smoke").grpo_steps + 1))

@@ -7,7 +7,7 @@ import pytest
 from rsground_nb.data import load_data
 from rsground_nb.evaluate import predict, score
 from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer
-from rsground_nb.model import codec_of, fingerprint, load_vlm
+from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
 from rsground_nb.synthesis import synthesise
@@ -42,7 +42,7 @@ def test_sft_moves_lora_and_nothing_else(tmp_path):
     start(0)
     splits, _ = load_data("scenes", SMALL, 0)
     model, processor = load_vlm("tiny")
-    trainer = sft_trainer(model, processor, synthesise(splits["train"], codec_of("qwen2_5_vl", processor))[0], SMALL, 0, tmp_path, disable_tqdm=True)
+    trainer = sft_trainer(model, processor, synthesise(splits["train"], codec_of(model.config.model_type, processor))[0], SMALL, 0, tmp_path, disable_tqdm=True)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     for name, weight in trainer.model.named_parameters():
@@ -53,12 +53,12 @@ def test_grpo_moves_lora_and_nothing_else_when_a_group_has_something_to_say(tmp_
     start(0)
     splits, _ = load_data("scenes", SMALL, 0)
     model, processor = load_vlm("tiny")
-    trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of("qwen2_5_vl", processor), SMALL, 0, tmp_path, disable_tqdm=True)
+    trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of(model.config.model_type, processor), SMALL, 0, tmp_path, disable_tqdm=True)
     trainer.reward_funcs[0] = lambda completions, **columns: [float(k) for k in range(len(completions))]  # every rollout differs
-    before = [fingerprint(trainer.model, lora) for lora in (False, True)]
+    before = fingerprints(trainer.model)
     trainer.train()
-    after = [fingerprint(trainer.model, lora) for lora in (False, True)]
-    assert before[0] == after[0] and before[1] != after[1]
+    after = fingerprints(trainer.model)
+    assert before["frozen"] == after["frozen"] and before["trained"] != after["trained"]
 
 
 def test_the_weight_refuses_a_kl_term_that_it_would_not_reach():
