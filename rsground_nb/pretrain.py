@@ -365,7 +365,7 @@ def name_quiz(
     count: int, seed: int,
     style: Style = Style(sizes=(0.10, 0.40), objects=(2, 6)),
 ) -> list:
-    "`count` dicts: image, expression (a name that fits one object), box (pixels), objects (how many). Fresh scenes of 112 px."
+    "`count` dicts: image, expression (a name that fits one object), box (pixels), things (all objects: category, colour, box). Fresh scenes of 112 px."
     rng, found = np.random.default_rng([seed, 6]), []
     while len(found) < count:
         scene = make_scene(rng, style=style)
@@ -373,5 +373,6 @@ def name_quiz(
         named = [(t, name) for k, t in enumerate(scene.things) for name in names_of(k, objects)]
         if not named: continue
         thing, name = named[rng.integers(len(named))]
-        found.append(dict(image=draw_scene(scene, rng), expression=f"the {name}", box=thing.box, objects=len(scene.things)))
+        found.append(dict(image=draw_scene(scene, rng), expression=f"the {name}", box=thing.box,
+                          things=[dict(category=t.category, colour=t.colour, box=list(t.box)) for t in scene.things]))
     return found

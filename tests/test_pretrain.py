@@ -1,4 +1,6 @@
 """The recipe of the shipped model: what it asks is true, what it packs is the same as unpacked, what is interrupted ends the same."""
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -132,11 +134,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     pd.testing.assert_frame_equal(*logs)
 
 
-def test_every_word_of_the_lexicon_and_of_the_chains_is_one_token():
+def test_nearly_every_word_of_the_chains_is_one_token():
     _, processor = load_tiny()
-    rows = to_dataset(list(scene_records(200, 1)))
-    codec, rng = student_codec(), np.random.default_rng(0)
+    rows, codec, rng = to_dataset(list(scene_records(200, 1))), student_codec(), np.random.default_rng(0)
     chains = [write_chain(row, codec, rng) for row in rows.remove_columns("image")]
-    words = {w.strip(".,:;\"?()") for chain in chains for w in chain.replace("<think>", "").split("</think>")[0].split()} | set(LEXICON)
-    pieces = {w: processor.tokenizer.tokenize(" " + w) for w in words if w and not any(c.isdigit() for c in w)}
-    assert not {w: p for w, p in pieces.items() if len(p) > 1 and w.isalpha()}
+    words = {w for chain in chains for w in re.findall("[A-Za-z]+", re.sub("<[^>]*>", " ", chain))}
+    whole = [w for w in words if len(processor.tokenizer.tokenize(" " + w)) == 1]
+    assert len(words) > 60 and len(whole) >= 0.95 * len(words), sorted(words - set(whole))
+    assert all(len(processor.tokenizer.tokenize(" " + w)) == 1 for w in LEXICON if w.isalpha())

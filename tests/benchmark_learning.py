@@ -1,0 +1,108 @@
+"""Does the tiny model learn, stage by stage? Greedy answers to held-out drawn scenes after pretraining, CoT-SFT and GRPO, and the answers that need no model.
+
+    python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]
+
+RUN is the folder of a workshop run (`rsground run --scale workshop`, or this script makes its models). CoT-SFT has the seed of the run, 0; GRPO starts from it with --grpo-seed. Rows of the
+stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. Sets of questions:
+
+names      "the red ship", two to six objects of 10 to 40 % of the side (what pretraining asks)
+referring  words of position, size or relation, and at least one more object of the same category (what it never asks)
+"""
+import argparse
+import fcntl
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rsground_nb.data import load_data, to_dataset
+from rsground_nb.evaluate import gain, interval, predict, score, without_model
+from rsground_nb.grpo import grpo_rows, grpo_trainer
+from rsground_nb.model import DIRECT, REASON, codec_of, load_tiny, load_vlm
+from rsground_nb.pretrain import name_quiz
+from rsground_nb.rewards import format_score
+from rsground_nb.scale import get_scale, start
+from rsground_nb.scenes import scene_records
+from rsground_nb.sft import sft_stage
+
+TABLE = Path(__file__).parent / "benchmark_learning.csv"
+HELD_OUT = 1000  # seed of all questions here; training uses 0, 1, 2
+
+
+def referring(count, seed, split):
+    """Rows with words of position, size or relation and a second object of the target's category."""
+    found = []
+    for row in scene_records(5 * count, seed, split=split, rules=("end", "cell", "size", "relation")):
+        if sum(o["category"] == row["category"] for o in row["objects"]) > 1: found.append(row)
+        if len(found) == count: return to_dataset(found)
+    raise ValueError(f"only {len(found)} of {count} rows")
+
+
+def names(count, seed):
+    """Rows of `name_quiz`."""
+    rows = [dict(image=r["image"], expression=r["expression"], box=list(r["box"]), width=112, height=112, category=r["expression"].split()[-1], image_id=str(k), expression_id=str(k), source="name",
+                 objects=r["things"]) for k, r in enumerate(name_quiz(count, seed))]
+    return to_dataset(rows)
+
+
+def add_rows(rows):
+    """Replace the rows of the same set, stage and seed in the table, one process at a time."""
+    with open(TABLE.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        new, keys = pd.DataFrame(rows), ["set", "stage", "seed"]
+        if TABLE.exists():
+            old = pd.read_csv(TABLE)
+            new = pd.concat([old[~old.set_index(keys).index.isin(new.set_index(keys).index)], new])
+        new.sort_values(keys, kind="stable").round(4).to_csv(TABLE, index=False)
+    TABLE.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def judged(question_set, stage, seed, found, before=None, **more):
+    """One row of the table: metrics with intervals, and the gain over the stage before, paired by question."""
+    hits = np.array([p["iou"] >= 0.5 for p in found], float)
+    low, high = interval(hits, [p["image_id"] for p in found])
+    row = dict(set=question_set, stage=stage, seed=seed, **score(found), acc_low=low, acc_high=high, **more)
+    row["format"] = np.mean([format_score(p["answer"]) for p in found]) if stage in ("CoT-SFT", "GRPO") else np.nan
+    return row | (gain(found, before) if before else {})
+
+
+def answers(folder, rows, template, tokens):
+    model, processor = load_tiny() if folder == "tiny" else load_vlm(str(folder))
+    return predict(model, processor, rows, tokens, 64, template=template)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--grpo-seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--only-before", action="store_true", help="no GRPO")
+    options = parser.parse_args()
+    size, seed = get_scale("workshop"), options.grpo_seed
+    start(0)
+    rows, named, splits = referring(options.count, HELD_OUT, "test"), names(options.count, HELD_OUT), load_data("scenes", size, 0)[0]
+    learned = sft_stage("scenes", "workshop", 0, options.run)
+    base, direct = answers("tiny", rows, DIRECT, 24), answers("tiny", named, DIRECT, 24)
+    sft = answers(learned, rows, REASON, size.max_completion_length)
+    minutes = lambda stage: pd.read_csv(options.run / stage / "log.csv").minutes.iloc[0]
+    table = [judged("names", "base", 0, direct), judged("referring", "base", 0, base), judged("referring", "CoT-SFT", 0, sft, base, minutes=minutes("sft"))]
+    for name, test, train in (("names", named, names(2000, 0)), ("referring", rows, referring(2000, 0, "train"))):
+        table += [judged(name, stage, 0, found) for stage, found in without_model(train, test).items()]
+    add_rows(table)
+    if options.only_before: return
+    folder = options.run / f"grpo-seed-{seed}"
+    if not (folder / "model.safetensors").exists():
+        start(seed)
+        model, processor = load_vlm(str(learned))
+        trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of(model.config.model_type, processor), size, seed, folder)
+        began = time.time()
+        trainer.train()
+        trainer.model.save_pretrained(folder); processor.save_pretrained(folder)
+        pd.DataFrame([r for r in trainer.state.log_history if "reward" in r]).assign(minutes=(time.time() - began) / 60).to_csv(folder / "log.csv", index=False)
+    grpo = answers(folder, rows, REASON, size.max_completion_length)
+    add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=pd.read_csv(folder / "log.csv").minutes.iloc[0])])
+    print(pd.read_csv(TABLE).to_string(index=False))
+
+
+if __name__ == "__main__": main()
