@@ -6,8 +6,8 @@
 __all__ = ['PLAIN', 'CATEGORIES', 'COLOUR_NAMES', 'BINS', 'PIXELS', 'NUMERALS', 'TASKS', 'GUIDED', 'Bank', 'cell_owner',
            'make_bank', 'turn_patches', 'turn_box', 'Views', 'draw_views', 'EyeTest', 'dense_truth', 'plain_patches',
            'box_text', 'point_text', 'names_of', 'listed', 'ask_name', 'ask_point', 'ask_what', 'ask_where', 'ask_list',
-           'ask_all', 'ask_echo', 'dialogues', 'Rows', 'pack_rows', 'fill_rows', 'look_loss', 'run_steps', 'save_log',
-           'pretrain', 'losses', 'name_quiz']
+           'ask_all', 'ask_echo', 'dialogues', 'Rows', 'pack_rows', 'fill_rows', 'look_loss', 'losses', 'run_steps',
+           'save_log', 'pretrain', 'name_quiz']
 
 # %% ../nbs/04b_pretrain.ipynb #c960e318
 import time
@@ -246,7 +246,7 @@ def fill_rows(rows, image, first, cells, grid):
     mask = torch.zeros(sees.shape, device=grid.device).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
     return Rows(dict(input_ids=ids, attention_mask=mask, position_ids=places, mm_token_type_ids=(ids == image).int(), image_grid_thw=grid), labels, looks, first, cells)
 
-# %% ../nbs/04b_pretrain.ipynb #24b872f2
+# %% ../nbs/04b_pretrain.ipynb #9bac11ca
 GUIDED = (1, (0, 1))  # layer, heads
 
 def look_loss(
@@ -254,11 +254,14 @@ def look_loss(
     rows: Rows,
     owner: torch.Tensor,      # (rows, cells)
     heads: tuple,
+    choice: float = 0.0,      # weight of a second mean, over the tokens that begin with a new object
 ) -> torch.Tensor:
-    "Mean of -log(attention that falls on the object's own visual tokens) over the tokens that are about an object."
+    "Mean of -log(attention that falls on the object's own visual tokens) over the tokens that are about an object, plus `choice` times that of the first token about each."
     row, token = torch.where(rows.looks >= 0)
     target = owner[row] == (rows.looks[row, token] + 1)[:, None]
     row, token, target = (part[target.any(1)] for part in (row, token, target))
+    begins = (rows.looks[row, token] != rows.looks[row, token - 1]).float()
+    share = 1 / len(row) + choice * begins / begins.sum()
     attention, normed = layer.self_attn, layer.input_layernorm(states)
     split = lambda project, norm: norm(project(normed).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
     q, k = apply_rotary_pos_emb(split(attention.q_proj, attention.q_norm), split(attention.k_proj, attention.k_norm), *places)
@@ -266,8 +269,19 @@ def look_loss(
     for head in heads:
         scores = (q[:, head] @ k[:, head].transpose(1, 2) * attention.scaling + rows.inputs["attention_mask"][:, 0])[row, token]
         there = scores.log_softmax(-1)[:, rows.first:rows.first + rows.cells].masked_fill(~target, -torch.inf)
-        loss = loss - there.logsumexp(1).mean()
+        loss = loss - (share * there.logsumexp(1)).sum()
     return loss / len(heads)
+
+# %% ../nbs/04b_pretrain.ipynb #2ea581e0
+def losses(model, rows, views, choice=0.0):
+    "(nats per token of the answers, `look_loss` of the guided heads) for packed rows."
+    index, heads = GUIDED
+    layer, caught = model.model.language_model.layers[index], []
+    hook = layer.register_forward_pre_hook(lambda m, args, kw: caught.append((args[0], kw["position_embeddings"])), with_kwargs=True)
+    states = model.model(**rows.inputs, pixel_values=views.pixels).last_hidden_state
+    hook.remove()
+    counts = rows.labels >= 0
+    return F.cross_entropy(model.lm_head(states[counts]), rows.labels[counts]), look_loss(layer, *caught[0], rows, views.owner, heads, choice)
 
 # %% ../nbs/04b_pretrain.ipynb #0c2cc8de
 def run_steps(
@@ -311,13 +325,14 @@ def save_log(out, row):
         rows = pd.concat([old[(old.stage != row["stage"]) | (old.step < row["step"])], rows])
     rows.round(4).to_csv(path, index=False)
 
-# %% ../nbs/04b_pretrain.ipynb #4926a2d5
+# %% ../nbs/04b_pretrain.ipynb #c677f3e2
 def pretrain(
     out: str | Path,            # folder for checkpoints, pretrain.csv and the finished model
     eye_steps: int = 4000,      # of 32 pictures
     word_steps: int = 7000,     # of 8 pictures with about 6 questions each
     seed: int = 0,
     num_scenes: int = 12000,
+    choice_from: int = 3000,    # from this word step on, the first look at each object counts as much as all looks together
     **often,                    # log_every, save_every: in steps
 ):
     "Train a tiny model from random weights, eyes first; goes on where an interrupted run with the same settings stopped. Saves to `out` and returns (model, processor)."
@@ -343,22 +358,12 @@ def pretrain(
         rng = np.random.default_rng([seed, 2, step])
         views = draw_views(bank, 8, rng, device)
         rows = pack_rows(processor, model, views.grid, [dialogues(o, rng) for o in views.objects])
-        words, look = losses(model, rows, views)
+        words, look = losses(model, rows, views, choice=float(step > choice_from))
         return words / 2 + look, dict(loss=words.item(), look=look.item())
 
     run_steps("words", text, list(text.parameters()), word_loss, word_steps, out, 2e-3, **often)
     save_tiny(model, processor, out)
     return model, processor
-
-def losses(model, rows, views):
-    "(nats per token of the answers, `look_loss` of the guided heads) for packed rows."
-    index, heads = GUIDED
-    layer, caught = model.model.language_model.layers[index], []
-    hook = layer.register_forward_pre_hook(lambda m, args, kw: caught.append((args[0], kw["position_embeddings"])), with_kwargs=True)
-    states = model.model(**rows.inputs, pixel_values=views.pixels).last_hidden_state
-    hook.remove()
-    counts = rows.labels >= 0
-    return F.cross_entropy(model.lm_head(states[counts]), rows.labels[counts]), look_loss(layer, *caught[0], rows, views.owner, heads)
 
 # %% ../nbs/04b_pretrain.ipynb #6904d708
 def name_quiz(

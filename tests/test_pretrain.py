@@ -121,10 +121,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     whole, _ = pretrain(tmp_path / "whole", **settings)
     calls, name = [0], {"eyes": "EyeTest.forward", "words": "losses"}[stage]
     real = recipe.EyeTest.forward if stage == "eyes" else recipe.losses
-    def fragile(*args):
+    def fragile(*args, **kwargs):
         calls[0] += 1
         if calls[0] == 4: raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **kwargs)
     with monkeypatch.context() as patch:
         patch.setattr(f"rsground_nb.pretrain.{name}", fragile)
         with pytest.raises(KeyboardInterrupt): pretrain(tmp_path / "cut", **settings)
