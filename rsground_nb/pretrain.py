@@ -332,7 +332,7 @@ def pretrain(
     word_steps: int = 7000,     # of 8 pictures with about 6 questions each
     seed: int = 0,
     num_scenes: int = 12000,
-    choice_from: int = 3000,    # from this word step on, the first look at each object counts as much as all looks together
+    choice_from: int = 3500,    # from this word step on, the first look at each object counts as much as all looks together
     **often,                    # log_every, save_every: in steps
 ):
     "Train a tiny model from random weights, eyes first; goes on where an interrupted run with the same settings stopped. Saves to `out` and returns (model, processor)."
