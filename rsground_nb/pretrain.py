@@ -98,7 +98,7 @@ def draw_views(bank, count, rng, device):
     rows, columns = owner.shape[1:]
     return Views(objects, pixels.reshape(count * rows * columns, -1).float().to(device), torch.tensor([[1, rows, columns]] * count, device=device), owner.flatten(1).to(device))
 
-# %% ../nbs/04b_pretrain.ipynb #91111841
+# %% ../nbs/04b_pretrain.ipynb #c3ae8a5c
 BINS = 32
 
 class EyeTest(nn.Module):
@@ -112,11 +112,12 @@ class EyeTest(nn.Module):
         "(loss, numbers for the log). `tokens` (pictures * cells, width)."
         category, colour, box = dense_truth(views)
         seen = category > 0
+        blurred = tokens + tokens.std().detach() * torch.randn_like(tokens)
         mine, edges = tokens[seen], box[seen]
         distance = F.l1_loss(self.edges(mine), edges)
-        loss = (F.cross_entropy(self.category(tokens), category) + F.cross_entropy(self.colour(tokens), colour) + 5 * distance
+        loss = (F.cross_entropy(self.category(blurred), category) + F.cross_entropy(self.colour(blurred), colour) + 5 * distance
                 + F.cross_entropy(self.strips(mine).view(-1, BINS), (edges * BINS).long().clamp(0, BINS - 1).view(-1)))
-        right = lambda head, truth: (head(mine).argmax(-1) == truth[seen]).float().mean().item()
+        right = lambda head, truth: (head(blurred[seen]).argmax(-1) == truth[seen]).float().mean().item()
         return loss, dict(category=right(self.category, category), colour=right(self.colour, colour), edge=distance.item())
 
 def dense_truth(views):
@@ -133,7 +134,7 @@ def plain_patches(tower):
     conv = tower.patch_embed.proj
     tower.patch_embed.forward = lambda pixels: F.linear(pixels.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
 
-# %% ../nbs/04b_pretrain.ipynb #f91a80d9
+# %% ../nbs/04b_pretrain.ipynb #edeadb35
 PIXELS = Codec("qwen3_vl")  # what the tiny model writes: thousandths of the side
 NUMERALS = ("no", "one", "two", "three", "four", "five", "six")
 
@@ -157,6 +158,7 @@ def listed(parts):
     "[(text, object)] with ', ' and ' and ' between the texts."
     return [(("" if k == 0 else " and " if k == len(parts) - 1 else ", ") + text, thing) for k, (text, thing) in enumerate(parts)]
 
+# %% ../nbs/04b_pretrain.ipynb #7367c360
 def ask_name(k, objects, rng):
     names = names_of(k, objects)
     if names: return DIRECT.format(f"the {names[rng.integers(len(names))]}"), [(box_text(objects[k][2]), k)]
@@ -325,14 +327,14 @@ def save_log(out, row):
         rows = pd.concat([old[(old.stage != row["stage"]) | (old.step < row["step"])], rows])
     rows.round(4).to_csv(path, index=False)
 
-# %% ../nbs/04b_pretrain.ipynb #c677f3e2
+# %% ../nbs/04b_pretrain.ipynb #d7632d11
 def pretrain(
     out: str | Path,            # folder for checkpoints, pretrain.csv and the finished model
     eye_steps: int = 4000,      # of 32 pictures
-    word_steps: int = 7000,     # of 8 pictures with about 6 questions each
+    word_steps: int = 5000,     # of 8 pictures with about 6 questions each
     seed: int = 0,
     num_scenes: int = 12000,
-    choice_from: int = 3500,    # from this word step on, the first look at each object counts as much as all looks together
+    choice_from: int = 0,       # from this word step on, the first look at each object counts as much as all looks together
     **often,                    # log_every, save_every: in steps
 ):
     "Train a tiny model from random weights, eyes first; goes on where an interrupted run with the same settings stopped. Saves to `out` and returns (model, processor)."
@@ -347,6 +349,7 @@ def pretrain(
 
     def eye_loss(step):
         views = draw_views(bank, 32, np.random.default_rng([seed, 1, step]), device)
+        torch.manual_seed(1_000_000 * seed + step)  # for the blur
         loss, numbers = test(tower(views.pixels, grid_thw=views.grid).pooler_output, views)
         return loss, dict(loss=loss.item(), **numbers)
 
