@@ -98,7 +98,7 @@ def draw_views(bank, count, rng, device):
     rows, columns = owner.shape[1:]
     return Views(objects, pixels.reshape(count * rows * columns, -1).float().to(device), torch.tensor([[1, rows, columns]] * count, device=device), owner.flatten(1).to(device))
 
-# %% ../nbs/04b_pretrain.ipynb #c3ae8a5c
+# %% ../nbs/04b_pretrain.ipynb #6f55b671
 BINS = 32
 
 class EyeTest(nn.Module):
@@ -108,11 +108,11 @@ class EyeTest(nn.Module):
         self.category, self.colour = nn.Linear(width, len(CATEGORIES)), nn.Linear(width, len(COLOUR_NAMES))
         self.edges, self.strips = nn.Linear(width, 4), nn.Linear(width, 4 * BINS)
 
-    def forward(self, tokens, views):
-        "(loss, numbers for the log). `tokens` (pictures * cells, width)."
+    def forward(self, tokens, views, blur=0.0):
+        "(loss, numbers for the log). `tokens` (pictures * cells, width); `blur` is the noise before category and colour are asked, in spreads of the tokens."
         category, colour, box = dense_truth(views)
         seen = category > 0
-        blurred = tokens + tokens.std().detach() * torch.randn_like(tokens)
+        blurred = tokens + blur * tokens.std().detach() * torch.randn_like(tokens)
         mine, edges = tokens[seen], box[seen]
         distance = F.l1_loss(self.edges(mine), edges)
         loss = (F.cross_entropy(self.category(blurred), category) + F.cross_entropy(self.colour(blurred), colour) + 5 * distance
@@ -327,10 +327,11 @@ def save_log(out, row):
         rows = pd.concat([old[(old.stage != row["stage"]) | (old.step < row["step"])], rows])
     rows.round(4).to_csv(path, index=False)
 
-# %% ../nbs/04b_pretrain.ipynb #d7632d11
+# %% ../nbs/04b_pretrain.ipynb #98ef6e49
 def pretrain(
     out: str | Path,            # folder for checkpoints, pretrain.csv and the finished model
     eye_steps: int = 4000,      # of 32 pictures
+    loud_steps: int = 800,      # the same through noise
     word_steps: int = 5000,     # of 8 pictures with about 6 questions each
     seed: int = 0,
     num_scenes: int = 12000,
@@ -347,13 +348,15 @@ def pretrain(
     test = EyeTest(model.config.text_config.hidden_size).to(device)
     plain_patches(tower)
 
-    def eye_loss(step):
-        views = draw_views(bank, 32, np.random.default_rng([seed, 1, step]), device)
-        torch.manual_seed(1_000_000 * seed + step)  # for the blur
-        loss, numbers = test(tower(views.pixels, grid_thw=views.grid).pooler_output, views)
+    def eye_loss(step, blur=0.0):
+        views = draw_views(bank, 32, np.random.default_rng([seed, 3 if blur else 1, step]), device)
+        torch.manual_seed(1_000_000 * seed + step)  # for the noise
+        loss, numbers = test(tower(views.pixels, grid_thw=views.grid).pooler_output, views, blur)
         return loss, dict(loss=loss.item(), **numbers)
 
-    run_steps("eyes", nn.ModuleList([tower, test]), [*tower.parameters(), *test.parameters()], eye_loss, eye_steps, out, 2e-3, **often)
+    seeing = nn.ModuleList([tower, test])
+    run_steps("eyes", seeing, list(seeing.parameters()), eye_loss, eye_steps, out, 2e-3, **often)
+    run_steps("loud", seeing, list(seeing.parameters()), lambda step: eye_loss(step, blur=1.0), loud_steps, out, 1e-3, **often)
     tower.requires_grad_(False)
     text = model.model.language_model
 

@@ -117,7 +117,7 @@ def test_the_look_loss_is_the_attention_on_the_object(newborn):
 
 @pytest.mark.parametrize("stage", ["eyes", "words"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, stage):
-    settings = dict(eye_steps=6, word_steps=6, num_scenes=8, log_every=2, save_every=2)
+    settings = dict(eye_steps=6, loud_steps=2, word_steps=6, num_scenes=8, log_every=2, save_every=2)
     whole, _ = pretrain(tmp_path / "whole", **settings)
     calls, name = [0], {"eyes": "EyeTest.forward", "words": "losses"}[stage]
     real = recipe.EyeTest.forward if stage == "eyes" else recipe.losses
