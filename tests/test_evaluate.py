@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 from shapely.geometry import box as shape
 
 from rsground_nb.boxes import encode_mask, iou, read_mask
-from rsground_nb.data import load_folder
-from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, constant_guess, cue_types, evaluate_file, interval, load_predictions, mask_metrics, read_predictions,
-                                  resampled, score, score_strata, strata, tally, write_predictions)
+from rsground_nb.data import load_folder, to_dataset
+from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, central, constant_guess, cue_types, evaluate_file, interval, largest_object, load_predictions,
+                                  mask_metrics, random_boxes, read_predictions, resampled, score, score_strata, strata, tally, without_model, words_alone, write_predictions)
 from rsground_nb.grammar import cues, region
 
 # One table per mode: predicted, true, IoU as a fraction, how it comes about. None: no box was answered. T is the truth unless another is given.
@@ -575,6 +575,42 @@ def test_masks_of_different_size_are_refused_by_id():
     with pytest.raises(ValueError, match="b: the predicted mask is 9x9, the true one 10x10"): mask_metrics([mask(0, 0, 1, 1), mask(0, 0, 1, 1, 9)], [mask(0, 0, 1, 1)] * 2, ["1", "2"], ids=["a", "b"])
     with pytest.raises(ValueError, match="1 predicted masks, 2 true ones"): mask_metrics([None], [mask(0, 0, 1, 1)] * 2, ["1", "2"])
     with pytest.raises(ValueError, match="no predictions"): mask_metrics([], [], [])
+
+
+# ---- answers that need no model
+
+def rows_of(*found):
+    """(expression, box) in images of 100 x 50; the other object of each picture is the whole upper half."""
+    return to_dataset([dict(expression=e, box=list(b), width=100, height=50, image_id=str(k), expression_id=str(k), objects=[dict(category="ship", colour="red", box=list(b)), dict(
+        category="tank", colour="red", box=[0, 0, 100, 25])]) for k, (e, b) in enumerate(found)])
+
+
+def test_words_alone_answers_with_the_central_box_of_the_same_cue():
+    left, middle, right = (0, 20, 10, 30), (45, 20, 55, 30), (90, 20, 100, 30)
+    train = rows_of(("the leftmost ship", left), ("the leftmost tank", left), ("the rightmost ship", right), ("the ship", middle), ("the ship", middle), ("the tank", middle))
+    found = words_alone(train, rows_of(("the leftmost red plane", left), ("the rightmost plane", right), ("the topmost plane", middle), ("the blue plane", middle)))
+    for prediction, box in zip(found, (left, right, middle, middle), strict=True): assert prediction["predicted"] == pytest.approx(box) and prediction["iou"] == pytest.approx(1)
+
+
+def test_the_largest_object_is_the_largest_and_needs_all_objects():
+    rows = rows_of(("the ship", (0, 30, 10, 40)))
+    assert largest_object(rows)[0]["predicted"] == [0, 0, 100, 25] and set(without_model(rows, rows)) == {"constant guess", "random box", "words alone", "largest object"}
+    unknown = to_dataset([{**r, "objects": None} for r in rows.remove_columns("image")])
+    assert "largest object" not in without_model(rows, unknown)
+    with pytest.raises(ValueError, match="needs the column `objects`"): largest_object(unknown)
+
+
+def test_random_boxes_are_training_boxes_as_shares():
+    train, test = rows_of(("a", (0, 0, 50, 50)), ("b", (50, 0, 100, 25))), to_dataset([dict(expression="c", box=[0, 0, 1, 1], width=10, height=10, image_id="c", expression_id="c")] * 40)
+    assert {tuple(p["predicted"]) for p in random_boxes(train, test)} == {(0, 0, 5, 10), (5, 0, 10, 5)}
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 20)] * 2, *[st.integers(1, 9)] * 2), min_size=1, max_size=12))
+def test_the_central_box_has_the_highest_mean_iou(corners):
+    boxes = np.array([(x, y, x + w, y + h) for x, y, w, h in corners], float)
+    best = central(boxes)
+    means = [np.mean([iou(a, b) for b in boxes]) for a in boxes]
+    assert np.mean([iou(best, b) for b in boxes]) == pytest.approx(max(means))
 
 
 # ---- a folder from disk
