@@ -10,6 +10,7 @@ referring  words of position, size or relation, and at least one more object of 
 """
 import argparse
 import fcntl
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,16 +47,13 @@ def names(count, seed):
     return to_dataset(rows)
 
 
-def add_rows(rows):
-    """Replace the rows of the same set, stage and seed in the table, one process at a time."""
-    with open(TABLE.with_suffix(".lock"), "w") as lock:
+def add_rows(rows, path=TABLE, keys=("set", "stage", "seed")):
+    """Add rows to a table, one process at a time; they replace rows with the same keys."""
+    with open(Path(tempfile.gettempdir()) / f"{path.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        new, keys = pd.DataFrame(rows), ["set", "stage", "seed"]
-        if TABLE.exists():
-            old = pd.read_csv(TABLE)
-            new = pd.concat([old[~old.set_index(keys).index.isin(new.set_index(keys).index)], new])
-        new.sort_values(keys, kind="stable").round(4).to_csv(TABLE, index=False)
-    TABLE.with_suffix(".lock").unlink(missing_ok=True)
+        new, keys = pd.DataFrame(rows), list(keys)
+        if path.exists(): new = pd.concat([pd.read_csv(path), new]).drop_duplicates(keys, keep="last")
+        new.sort_values(keys, kind="stable").round(6).to_csv(path, index=False)
 
 
 def judged(question_set, stage, seed, found, before=None, **more):
