@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from rsground_nb.model import adapt, kept_bytes, memory_plan
@@ -44,7 +44,7 @@ def one_pass(model, config, rows):
     ids[:, 3] = config.vision_start_token_id
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == config.image_token_id).int(), image_grid_thw=torch.tensor([[1, side, side]] * rows),
                   pixel_values=torch.zeros(rows * side * side, 3 * 2 * vision.patch_size ** 2))
-    body = model.base_model.model.model if hasattr(model, "base_model") and hasattr(model.base_model, "model") and hasattr(model.base_model.model, "lm_head") else model.model
+    body = (model.get_base_model() if isinstance(model, PeftModel) else model).model
     states = {}
     def run(): states["out"] = body(**inputs, use_cache=False).last_hidden_state; return states["out"]
     kept = kept_bytes(run, model)
