@@ -39,7 +39,7 @@ SMOKE = Scale(
     sft_steps=100, sft_batch_size=16, sft_learning_rate=6e-3,
     grpo_steps=12, prompts_per_step=4, num_generations=8, grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=700, sft_batch_size=16, sft_learning_rate=1e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1e-4,
+    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=650, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1e-4,
     rows_per_pass=64)
 GPU = Scale(
     name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,
