@@ -1,6 +1,7 @@
 """Does the tiny model learn, stage by stage? Greedy answers to held-out drawn scenes after pretraining, CoT-SFT and GRPO, and the answers that need no model.
 
-    python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]
+    python tests/benchmark_learning.py                                          the shipped model and the answers without a model
+    python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]          and the trainings
 
 RUN is the folder of a workshop run (`rsground run --scale workshop`, or this script makes its models). CoT-SFT has the seed of the run, 0; GRPO starts from it with --grpo-seed. Rows of the
 stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. Sets of questions:
@@ -72,24 +73,28 @@ def answers(folder, rows, template, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--grpo-seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--only-before", action="store_true", help="no GRPO")
     options = parser.parse_args()
     size, seed = get_scale("workshop"), options.grpo_seed
     start(0)
-    rows, named, splits = referring(options.count, HELD_OUT, "test"), names(options.count, HELD_OUT), load_data("scenes", size, 0)[0]
-    learned = sft_stage("scenes", "workshop", 0, options.run)
-    base, direct = answers("tiny", rows, DIRECT, 24), answers("tiny", named, DIRECT, 24)
-    sft = answers(learned, rows, REASON, size.max_completion_length)
-    minutes = lambda stage: pd.read_csv(options.run / stage / "log.csv").minutes.iloc[0]
-    table = [judged("names", "base", 0, direct), judged("referring", "base", 0, base), judged("referring", "CoT-SFT", 0, sft, base, minutes=minutes("sft"))]
+    rows, named = referring(options.count, HELD_OUT, "test"), names(options.count, HELD_OUT)
+    base = answers("tiny", rows, DIRECT, 24)
+    table = [judged("names", "base", 0, answers("tiny", named, DIRECT, 24)), judged("referring", "base", 0, base)]
     for name, test, train in (("names", named, names(2000, 0)), ("referring", rows, referring(2000, 0, "train"))):
         table += [judged(name, stage, 0, found) for stage, found in without_model(train, test).items()]
     add_rows(table)
-    if options.only_before: return
-    folder = options.run / f"grpo-seed-{seed}"
+    if options.run: train_and_judge(options.run, seed, size, rows, base)
+    print(pd.read_csv(TABLE).to_string(index=False))
+
+
+def train_and_judge(run, seed, size, rows, base):
+    """CoT-SFT, then GRPO with a seed of its own, each judged against the stage before."""
+    splits, learned = load_data("scenes", size, 0)[0], sft_stage("scenes", "workshop", 0, run)
+    sft = answers(learned, rows, REASON, size.max_completion_length)
+    add_rows([judged("referring", "CoT-SFT", 0, sft, base, minutes=pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0])])
+    folder = run / f"grpo-seed-{seed}"
     if not (folder / "model.safetensors").exists():
         start(seed)
         model, processor = load_vlm(str(learned))
@@ -100,7 +105,6 @@ def main():
         pd.DataFrame([r for r in trainer.state.log_history if "reward" in r]).assign(minutes=(time.time() - began) / 60).to_csv(folder / "log.csv", index=False)
     grpo = answers(folder, rows, REASON, size.max_completion_length)
     add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=pd.read_csv(folder / "log.csv").minutes.iloc[0])])
-    print(pd.read_csv(TABLE).to_string(index=False))
 
 
 if __name__ == "__main__": main()
