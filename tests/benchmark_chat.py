@@ -133,7 +133,7 @@ def count_up(pair, count, seed, first, facts):
         run |= {"requests": sum(began <= x["time"] < end for x in asked), "answered": sum(x["what"] == "200" and began <= x["time"] < end for x in log),
                 "repeated": sum(began <= x["time"] < end for x in late), "cached_at_end": sum(t < end for t in when.values())}
     ids = [i for i, *_ in drafts]
-    return pair.runs, dict(rows=len(ids), duplicates=len(ids) - len(set(ids)), without_reply=sum(bool(t) for _, _, t, _ in drafts), replies=len(when), requests=len(asked), repeated=len(late),
+    return pair.runs, dict(rows=len(ids), duplicates=len(ids) - len(set(ids)), without_reply=sum(bool(t) and not t.startswith("the reply is empty") for _, _, t, _ in drafts), replies=len(when), requests=len(asked), repeated=len(late),
                            same_text_again=[c for _, c, *_ in first] == [c for _, c, *_ in drafts], **facts)
 
 
