@@ -16,7 +16,7 @@ from rsground_nb.data import to_dataset
 from rsground_nb.evaluate import largest_object, predict
 from rsground_nb.grammar import cues
 from rsground_nb.model import DIRECT, LEXICON, load_tiny, make_tiny, student_codec
-from rsground_nb.pretrain import PLAIN, TASKS, cell_owner, dialogues, draw_views, losses, make_bank, names_of, pack_rows, pretrain, turn_box, turn_patches
+from rsground_nb.pretrain import PLAIN, TASKS, EyeTest, cell_owner, dialogues, draw_views, losses, make_bank, names_of, numbers_of, pack_rows, pretrain, truth, turn_box, turn_patches
 from rsground_nb.scenes import draw_scene, make_scene, scene_records
 
 
@@ -108,21 +108,48 @@ def test_the_look_loss_is_the_attention_on_the_object(newborn):
     try:
         with torch.no_grad():
             seen = model(**rows.inputs, pixel_values=views.pixels, output_attentions=True).attentions[recipe.GUIDED[0]]
-            _, look = losses(model, rows, views)
+            look = losses(model, rows, views, EyeTest(128, strips=100), torch.nn.Linear(128, 101))["look"]
     finally: model.set_attn_implementation("sdpa")
-    expected = []
+    everywhere, first = [], []
     for i, t in zip(*torch.where(rows.looks >= 0)):
         mine = views.owner[i] == rows.looks[i, t] + 1
-        if mine.any(): expected.append([-seen[i, h, t, rows.first:rows.first + rows.cells][mine].sum().log() for h in recipe.GUIDED[1]])
-    torch.testing.assert_close(look, torch.tensor(expected).mean(), atol=1e-4, rtol=1e-4)
+        if not mine.any(): continue
+        everywhere.append([-seen[i, h, t, rows.first:rows.first + rows.cells][mine].sum().log() for h in recipe.GUIDED[1]])
+        if rows.looks[i, t - 1] != rows.looks[i, t]: first.append(everywhere[-1])
+    torch.testing.assert_close(look, torch.tensor(everywhere).mean() + torch.tensor(first).mean(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["eyes", "words"])
+def test_the_tests_on_the_way_ask_for_the_object_and_the_number_that_is_written(newborn):
+    """What `hold` and `number` grade, read back from the packed text."""
+    model, processor, bank = newborn
+    rng = np.random.default_rng(5)
+    views = draw_views(bank, 4, rng, "cpu")
+    asked = [dialogues(o, rng, 200) for o in views.objects]
+    rows = pack_rows(processor, model, views.grid, asked)
+    written = [[int(n) for _, answer in questions for n in re.findall("[0-9]+", "".join(text for text, _ in answer))] for questions in asked]
+    for i, expected in enumerate(written):
+        graded = rows.numbers[i][rows.labels[i] >= 0].tolist()
+        assert [g for g in graded if g >= 0] == [n // 10 for n in expected for _ in str(n)]
+    category, colour, box = truth(views.objects, rows.looks + 1)
+    for n, thing in enumerate(rows.looks.view(-1).tolist()):
+        if thing < 0: assert not category[n] and not colour[n] and not box[n].any()
+        else:
+            name, shade, edges = views.objects[n // rows.looks.shape[1]][thing]
+            assert (recipe.CATEGORIES[category[n]], recipe.COLOUR_NAMES[colour[n]]) == (name, shade) and np.allclose(box[n], edges)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=6))
+def test_numbers_of_reads_each_number_once(numbers):
+    tokens = [letter for n in numbers for letter in f"{n},"]
+    assert numbers_of(tokens, {d: d for d in "0123456789"}) == [g for n in numbers for g in [n // 10] * len(str(n)) + [-1]]
+
+
+@pytest.mark.parametrize("stage", ["eyes", "carry", "words"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, stage):
-    settings = dict(eye_steps=6, loud_steps=2, word_steps=6, num_scenes=8, log_every=2, save_every=2)
+    settings = dict(eye_steps=6, carry_steps=6, word_steps=6, num_scenes=8, log_every=2, save_every=2)
     whole, _ = pretrain(tmp_path / "whole", **settings)
-    calls, name = [0], {"eyes": "EyeTest.forward", "words": "losses"}[stage]
-    real = recipe.EyeTest.forward if stage == "eyes" else recipe.losses
+    calls, name = [0], {"eyes": "truth", "carry": "carry", "words": "losses"}[stage]
+    real = getattr(recipe, name)
     def fragile(*args, **kwargs):
         calls[0] += 1
         if calls[0] == 4: raise KeyboardInterrupt
