@@ -3,8 +3,9 @@
     python tests/benchmark_learning.py                                          the shipped model and the answers without a model
     python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]          and the trainings
 
-RUN is the folder of a workshop run (`rsground run --scale workshop`, or this script makes its models). CoT-SFT has the seed of the run, 0; GRPO starts from it with --grpo-seed. Rows of the
-stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. Sets of questions:
+RUN is the folder of a workshop run with seed 0 (`rsground run --scale workshop --out RUN`, or chapters 06 and 09; this script makes what is missing). CoT-SFT has seed 0; GRPO starts from it with
+--grpo-seed (0 is the run's own). Rows of the stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. The gain of GRPO over
+all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. Sets of questions:
 
 names      "the red ship", two to six objects of 10 to 40 % of the side (what pretraining asks)
 referring  words of position, size or relation, and at least one more object of the same category (what it never asks)
@@ -18,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from scipy.stats import sem, t
+
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
-from rsground_nb.grpo import grpo_rows, grpo_trainer
+from rsground_nb.grpo import grpo_rows, grpo_stage, grpo_trainer
 from rsground_nb.model import DIRECT, REASON, codec_of, load_tiny, load_vlm
 from rsground_nb.pretrain import name_quiz
 from rsground_nb.rewards import format_score
@@ -53,7 +56,8 @@ def add_rows(rows, path=TABLE, keys=("set", "stage", "seed")):
     with open(Path(tempfile.gettempdir()) / f"{path.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         new, keys = pd.DataFrame(rows), list(keys)
-        if path.exists(): new = pd.concat([pd.read_csv(path), new]).drop_duplicates(keys, keep="last")
+        new["seed"] = new.seed.astype(str)
+        if path.exists(): new = pd.concat([pd.read_csv(path, dtype={"seed": str}), new]).drop_duplicates(keys, keep="last")
         new.sort_values(keys, kind="stable").round(6).to_csv(path, index=False)
 
 
@@ -94,7 +98,7 @@ def train_and_judge(run, seed, size, rows, base):
     splits, learned = load_data("scenes", size, 0)[0], sft_stage("scenes", "workshop", 0, run)
     sft = answers(learned, rows, REASON, size.max_completion_length)
     add_rows([judged("referring", "CoT-SFT", 0, sft, base, minutes=pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0])])
-    folder = run / f"grpo-seed-{seed}"
+    folder = grpo_stage("scenes", "workshop", 0, run) if seed == 0 else run / f"grpo-seed-{seed}"
     if not (folder / "model.safetensors").exists():
         start(seed)
         model, processor = load_vlm(str(learned))
@@ -104,7 +108,14 @@ def train_and_judge(run, seed, size, rows, base):
         trainer.model.save_pretrained(folder); processor.save_pretrained(folder)
         pd.DataFrame([r for r in trainer.state.log_history if "reward" in r]).assign(minutes=(time.time() - began) / 60).to_csv(folder / "log.csv", index=False)
     grpo = answers(folder, rows, REASON, size.max_completion_length)
-    add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=pd.read_csv(folder / "log.csv").minutes.iloc[0])])
+    log = pd.read_csv((folder.parent if seed == 0 else folder) / "log.csv")
+    add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=log.minutes.iloc[0])])
+    found = pd.read_csv(TABLE, dtype={"seed": str})
+    found = found[(found.stage == "GRPO") & (found.seed != "all")]
+    if len(found) > 1:
+        low, high = t.interval(0.95, len(found) - 1, found.gain.mean(), sem(found.gain))
+        numbers = found.drop(columns=["set", "stage", "seed", "gain_low", "gain_high"]).mean()
+        add_rows([dict(set="referring", stage="GRPO", seed="all", **numbers[["N", "Acc@0.5", "Acc@0.7", "mIoU", "unparsable", "format", "gain"]], gain_low=low, gain_high=high)])
 
 
 if __name__ == "__main__": main()
