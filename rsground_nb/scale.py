@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# %% ../nbs/00_scale.ipynb #19b5be29
+# %% ../nbs/00_scale.ipynb #c3510127
 @dataclass(frozen=True)
 class Scale:
     "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
@@ -29,22 +29,24 @@ class Scale:
     grpo_steps: int
     prompts_per_step: int       # queries in one GRPO step
     num_generations: int        # rollouts per query, G
+    temperature: float          # of the rollouts
+    scale_rewards: str          # advantages are divided by the spread of rewards in the "group" or in the whole "batch", or not at all ("none")
     grpo_learning_rate: float
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
 
-# %% ../nbs/00_scale.ipynb #6b595265
+# %% ../nbs/00_scale.ipynb #a25586a8
 SMOKE = Scale(
     name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=16,
     sft_steps=100, sft_batch_size=16, sft_learning_rate=6e-3,
-    grpo_steps=12, prompts_per_step=4, num_generations=8, grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
+    grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=650, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1e-4,
+    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=450, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1.5e-4,
     rows_per_pass=64)
 GPU = Scale(
     name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,
     sft_steps=1500, sft_batch_size=16, sft_learning_rate=1e-4,
-    grpo_steps=1500, prompts_per_step=8, num_generations=8, grpo_learning_rate=1e-5, max_completion_length=512, rows_per_pass=8)
+    grpo_steps=1500, prompts_per_step=8, num_generations=8, temperature=1.0, scale_rewards="group", grpo_learning_rate=1e-5, max_completion_length=512, rows_per_pass=8)
 SCALES = {s.name: s for s in (SMOKE, WORKSHOP, GPU)}
 
 # %% ../nbs/00_scale.ipynb #b017a102

@@ -23,7 +23,7 @@ from scipy.stats import sem, t
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
-from rsground_nb.grpo import grpo_rows, grpo_stage, grpo_trainer
+from rsground_nb.grpo import grpo_rows, grpo_stage, grpo_trainer, with_rivals
 from rsground_nb.model import DIRECT, REASON, codec_of, load_tiny, load_vlm
 from rsground_nb.pretrain import name_quiz
 from rsground_nb.rewards import format_score
@@ -102,7 +102,7 @@ def train_and_judge(run, seed, size, rows, base):
     if not (folder / "model.safetensors").exists():
         start(seed)
         model, processor = load_vlm(str(learned))
-        trainer = grpo_trainer(model, processor, grpo_rows(splits["train"]), codec_of(model.config.model_type, processor), size, seed, folder)
+        trainer = grpo_trainer(model, processor, grpo_rows(with_rivals(splits["train"])), codec_of(model.config.model_type, processor), size, seed, folder)
         began = time.time()
         trainer.train()
         trainer.model.save_pretrained(folder); processor.save_pretrained(folder)
