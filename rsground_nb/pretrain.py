@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'CATEGORIES', 'COLOUR_NAMES', 'PIXELS', 'NUMERALS', 'TASKS', 'GUIDED', 'NOISE', 'WEIGHTS', 'Bank',
            'cell_owner', 'make_bank', 'turn_patches', 'turn_box', 'Views', 'draw_views', 'EyeTest', 'truth',
            'plain_patches', 'box_text', 'point_text', 'names_of', 'listed', 'ask_name', 'ask_point', 'ask_what',
-           'ask_where', 'ask_list', 'ask_all', 'ask_echo', 'dialogues', 'Rows', 'numbers_of', 'pack_rows', 'fill_rows',
+           'ask_where', 'ask_list', 'ask_all', 'ask_echo', 'dialogues', 'numbers_of', 'Rows', 'pack_rows', 'fill_rows',
            'look_loss', 'level', 'carry', 'quieter', 'losses', 'run_steps', 'save_log', 'pretrain', 'name_quiz']
 
 # %% ../nbs/04b_pretrain.ipynb #ea76b75b
@@ -201,7 +201,16 @@ def dialogues(objects, rng, budget=190):
         asked = task(int(rng.integers(len(objects))), objects, rng)
         if asked: found.append(asked)
 
-# %% ../nbs/04b_pretrain.ipynb #8602d328
+# %% ../nbs/04b_pretrain.ipynb #b4ad90a3
+def numbers_of(tokens, digits):
+    "For each token the number that it is a digit of, without its last place; -1 if it is no digit. `digits` maps tokens to '0' to '9'."
+    found = []
+    for written, run in groupby(tokens, digits.__contains__):
+        run = list(run)
+        found += [int("".join(digits[t] for t in run)) // 10 if written else -1] * len(run)
+    return found
+
+# %% ../nbs/04b_pretrain.ipynb #05261221
 class Rows(NamedTuple):
     "Packed rows: a picture, then several questions and answers that do not see each other. All (pictures, length) unless said."
     inputs: dict           # for the model, without pixels
@@ -210,14 +219,6 @@ class Rows(NamedTuple):
     numbers: torch.Tensor  # the coordinate that this next token is a digit of, in hundredths of the side; -1: no digit
     first: int             # where the visual tokens start
     cells: int             # how many there are
-
-def numbers_of(tokens, digits):
-    "For each token the number that it is a digit of, without its last place; -1 if it is no digit. `digits` maps tokens to '0' to '9'."
-    found = []
-    for written, run in groupby(tokens, digits.__contains__):
-        run = list(run)
-        found += [int("".join(digits[t] for t in run)) // 10 if written else -1] * len(run)
-    return found
 
 def pack_rows(
     processor, model,
