@@ -35,10 +35,10 @@ class Scale:
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
 
-# %% ../nbs/00_scale.ipynb #a25586a8
+# %% ../nbs/00_scale.ipynb #462c3a39
 SMOKE = Scale(
-    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=16,
-    sft_steps=100, sft_batch_size=16, sft_learning_rate=6e-3,
+    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=64,
+    sft_steps=100, sft_batch_size=16, sft_learning_rate=8e-3,
     grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
     SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=450, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1.5e-4,
