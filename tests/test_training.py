@@ -4,9 +4,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from rsground_nb.data import load_data
+from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
-from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer
+from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
@@ -64,3 +64,11 @@ def test_grpo_moves_lora_and_nothing_else_when_a_group_has_something_to_say(tmp_
 def test_the_weight_refuses_a_kl_term_that_it_would_not_reach():
     with pytest.raises(ValueError, match="leaves a KL term"): SpatialGRPOConfig(output_dir="x", beta=0.04, use_cpu=True, bf16=False)
     assert SpatialGRPOConfig(output_dir="x", beta=0.04, consistency=False, use_cpu=True, bf16=False).beta == 0.04
+
+
+def test_grpo_asks_where_there_is_a_rival():
+    ship, tank = (dict(category=c, colour="red", box=[0, 0, 1, 1]) for c in ("ship", "tank"))
+    rows = to_dataset([dict(expression=str(k), category="ship", objects=things) for k, things in enumerate(([ship, ship], [ship, tank, tank], [ship], None, [tank, ship, ship]))])
+    assert with_rivals(rows)["expression"][:] == ["0", "4"]
+    assert with_rivals(rows, least=2)["expression"][:] == ["0", "4"] and len(with_rivals(rows, least=3)) == 5
+    assert len(with_rivals(rows.select([2, 3]))) == 2  # nothing left: all are kept
