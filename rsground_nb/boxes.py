@@ -149,7 +149,7 @@ class Parsed(NamedTuple):
     thinking: str      # text inside <think>, possibly empty
     angle: float | None = None  # degrees as written, if any: `box` is not turned by it
 
-# %% ../nbs/01_boxes.ipynb #ebc047e5
+# %% ../nbs/01_boxes.ipynb #3f99bd33
 def refusal(
     values,  # four written numbers, perhaps an angle after them
 ) -> str | None:
@@ -163,7 +163,7 @@ def parse_box(
 ) -> Parsed:
     "The first group of four numbers, if it is a box; a reason instead of an exception otherwise. Time grows with the length of the text."
     if not isinstance(text, str): return Parsed(None, "not text", "")
-    for found in GROUP.finditer(text.translate(WIDE)):
+    for found in GROUP.finditer(text if text.isascii() else text.translate(WIDE)):
         values = [float(v) for v in NUMERAL.findall(found[0])]
         if len(values) > 5: continue  # a chain of points: a polygon
         reason = refusal(values)

@@ -26,6 +26,11 @@ def lines_run(work):
     return count
 
 
+def said_by_checks(notebook):
+    """What the cells tagged `check` of an executed notebook answered, one text each."""
+    return ["".join(o["data"]["text/plain"] for o in c.outputs if "data" in o) for c in notebook.cells if "check" in c.metadata.get("tags", [])]
+
+
 def pytest_collection_modifyitems(items):
     """Two processes share the test files. The one with the smoke run takes longest and begins."""
     items.sort(key=lambda item: item.path.stem != "test_run")

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rsground_nb.boxes import Codec, iou, parse_completion
+from rsground_nb.boxes import Codec, diou, giou, iou, parse_completion
 from rsground_nb.consistency import consistency_weight, group_statistics
-from rsground_nb.rewards import format_score, make_rewards, positional
+from rsground_nb.rewards import box_rewards, dious, format_score, gious, ious, make_rewards, positional
+from rsground_nb.rivals import box_explorer, reward_table
 
 at, extent = st.floats(0, 1000), st.floats(1, 300)
 boxes = st.tuples(at, at, extent, extent).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
@@ -49,8 +50,97 @@ def test_the_table_of_the_paper_notes():
         for d, value in enumerate(values): assert one((20 * d, 0, 20 * d + 20, 20), target, reading=reading) == pytest.approx(value, abs=6e-4)
 
 
-def test_boxes_without_area_earn_nothing():
-    for box in [(5, 5, 5, 9), (9, 5, 5, 9), (0, 0, 0, 0)]: assert one(box, (0, 0, 10, 10)) == one(box, (0, 0, 10, 10), reading="area") == 0
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(1000)  # of the integral over [-1, 1]
+
+
+@given(boxes, boxes, st.floats(0.5, 10))
+def test_the_area_reading_is_the_mean_of_the_kernel(box, target, alpha):
+    (cx, cy), (sx, sy) = [(target[k] + target[k + 2]) / 2 for k in (0, 1)], [alpha * (target[k + 2] - target[k]) / 2 for k in (0, 1)]
+    def mean(lo, hi, c, s): return (WEIGHTS * np.exp(-((lo + (POINTS + 1) / 2 * (hi - lo) - c) ** 2) / (2 * s ** 2))).sum() / 2
+    assert one(box, target, alpha=alpha, reading="area") == pytest.approx(mean(box[0], box[2], cx, sx) * mean(box[1], box[3], cy, sy), abs=1e-6)
+
+
+BROKEN = [(5, 5, 5, 9), (9, 5, 5, 9), (0, 0, 0, 0), (math.nan,) * 4, (math.nan, 0, 5, 5), (-math.inf, 0, 5, math.inf), (0, 0, math.inf, 5)]
+
+
+@pytest.mark.parametrize("name, lowest", dict(iou=0, binary=0, giou=-1, diou=-1, distance=0, center=0, area=0).items())
+def test_broken_boxes_earn_the_lowest_value_and_leave_no_gradient(name, lowest):
+    said = torch.tensor([*BROKEN, (0, 0, 11, 10)], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([(0.0, 0, 10, 10)] * len(said))
+    for swapped in (False, True):
+        value = box_rewards()[name](*((target, said) if swapped else (said, target)), 100.0)
+        assert value[:-1].tolist() == [lowest] * len(BROKEN) and value[-1] > lowest
+        if not value.requires_grad: continue
+        slope, = torch.autograd.grad(value.sum(), said)
+        assert torch.isfinite(slope).all() and (slope[:-1] == 0).all() and (slope[-1] != 0).any()
+
+
+@given(boxes, boxes)
+def test_many_pairs_at_once_are_the_functions_for_one_pair(a, b):
+    for many, single in ((ious, iou), (gious, giou), (dious, diou)):
+        assert many(torch.tensor([a, b], dtype=torch.float64), torch.tensor([b, b], dtype=torch.float64)).tolist() == pytest.approx([single(a, b), single(b, b)], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", box_rewards())
+@given(boxes, boxes, st.floats(0.1, 50))
+def test_every_reward_is_bounded_does_not_know_units_and_likes_the_truth(name, box, target, scale):
+    f = box_rewards()[name]
+    a, b = torch.tensor([box], dtype=torch.float64), torch.tensor([target], dtype=torch.float64)
+    value = f(a, b, 2000.0).item()
+    assert -1 <= value <= 1 + 1e-12
+    assert f(scale * a, scale * b, 2000.0 * scale).item() == pytest.approx(value, abs=1e-9)
+    if name != "area": assert f(b, b, 2000.0).item() == pytest.approx(1)
+
+
+def test_far_away_single_precision_is_silent_and_doubles_still_speak():
+    d = 20 * 30.0
+    assert torch.exp(-torch.tensor(30.0) ** 2 / (2 * 1.25 ** 2)) == 0 < one((d, 0, d + 20, 20), (0, 0, 20, 20))
+    assert positional(torch.tensor([[d, 0, d + 20, 20]]), torch.tensor([[0.0, 0, 20, 20]])).item() > 0  # also if the boxes come in single precision
+
+
+def test_alpha_and_reading_are_checked():
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="above 0"): one((0, 0, 1, 1), (0, 0, 1, 1), alpha=wrong)
+    with pytest.raises(ValueError, match="unknown reading"): one((0, 0, 1, 1), (0, 0, 1, 1), reading="middle")
+
+
+@pytest.mark.parametrize("third, name", dict(center="positional", area="positional", giou="giou", diou="diou", distance="distance", binary="binary").items())
+def test_the_third_reward_can_be_any_of_the_rivals(third, name):
+    said = ["<think>Here.</think><answer>[50, 40, 70, 60]</answer>", "no box"]
+    given = dict(box=[[40, 40, 60, 60]] * 2, width=[1000] * 2, height=[500] * 2)
+    last = make_rewards(Codec(), third=third)[2]
+    value = box_rewards()[third](torch.tensor([[50.0, 40, 70, 60]]), torch.tensor([[40.0, 40, 60, 60]]), math.hypot(1000, 500)).item()
+    assert last.__name__ == f"{name}_reward"
+    assert last(said, **given) == pytest.approx([value, -1 if third in ("giou", "diou") else 0])
+
+
+def test_an_unknown_third_reward_is_refused():
+    with pytest.raises(ValueError, match="unknown reward 'middle': use one of iou, binary"): make_rewards(Codec(), third="middle")
+
+
+def test_the_slopes_of_the_table_are_those_of_small_steps():
+    box, target, step = (44.0, 41, 66, 60), (40.0, 40, 60, 60), 1e-4
+    table = reward_table(box, target, (200, 100), alpha=2, beta=0.3)
+    moves = dict(right=(1, 0, 1, 0), down=(0, 1, 0, 1), wider=(-0.5, 0, 0.5, 0), taller=(0, -0.5, 0, 0.5))
+    for column, move in moves.items():
+        ahead, behind = (reward_table([v + s * step * m for v, m in zip(box, move)], target, (200, 100), alpha=2, beta=0.3).value for s in (1, -1))
+        assert table[column].tolist() == pytest.approx(((ahead - behind) / (2 * step)).tolist(), abs=1e-6)
+    assert table.value["iou + beta center"] == pytest.approx(table.value["iou"] + 0.3 * table.value["center"])
+
+
+def test_the_explorer_shows_the_table_of_the_box_that_was_set():
+    from PIL import Image
+
+    left, table = box_explorer(Image.new("RGB", (100, 80)), (40, 30, 60, 50)).children
+    picture, x, y, alpha, beta = left.children
+    assert x.value == (40, 60) and y.value == (30, 50) and "<td>0.2500</td>" not in table.value
+    before = picture.value
+    x.value, y.value, alpha.value, beta.value = (45, 55), (35, 45), 5, 0.5
+    assert picture.value != before and bytes(picture.value).startswith(b"\x89PNG")
+    assert table.value == reward_table((45, 35, 55, 45), (40, 30, 60, 50), (100, 80), 5, 0.5).to_html(float_format="{:.4f}".format)
+    assert "<td>0.2500</td>" in table.value  # half the sides
+    x.value = (50, 50)  # no area: defined
+    assert "nan" not in table.value.lower()
 
 
 @given(st.text())
@@ -69,7 +159,7 @@ def test_every_reward_has_its_anchors(reading):
     """A perfect box, a box that touches nothing and is far away, and silence."""
     said = ["<think>Here.</think><answer>[40, 40, 60, 60]</answer>", "<think>Here.</think><answer>[940, 940, 960, 960]</answer>", "no box"]
     columns = dict(box=[[40, 40, 60, 60]] * 3, width=[1000] * 3, height=[1000] * 3)
-    form, overlap, place = (f(said, **columns) for f in make_rewards(Codec(), reading=reading))
+    form, overlap, place = (f(said, **columns) for f in make_rewards(Codec(), third=reading))
     assert form == [1, 1, 0] and overlap == [1, 0, 0]
     assert place == pytest.approx([1 if reading == "center" else 0.949, 0, 0], abs=1e-3)
 

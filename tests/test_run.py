@@ -6,6 +6,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from conftest import ROOT, said_by_checks
 from rsground_nb.data import load_data
 from rsground_nb.evaluate import read_predictions
 from rsground_nb.model import student_codec
@@ -19,6 +20,14 @@ def test_every_chapter_ran_to_its_end(smoke_run, name):
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert all(c.execution_count for c in code if c.source.strip())
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+
+
+def test_an_unanswered_exercise_says_so(smoke_run):
+    solved = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
+    assert solved
+    for path in solved:
+        executed = nbformat.read(smoke_run / "notebooks" / path.name, as_version=4)
+        assert set(said_by_checks(executed)) == {"'not answered yet'"}, path.stem
 
 
 def test_training_left_curves_and_moved_only_lora(smoke_run):

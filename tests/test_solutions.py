@@ -1,0 +1,25 @@
+"""The solutions: the same checks as in the chapters, run from top to bottom, and every one says right. (That an unanswered exercise says so is asked in test_run.py.)"""
+import nbformat
+import papermill
+import pytest
+
+from conftest import ROOT, said_by_checks
+
+SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
+
+
+def cells(path, tag): return [c.source for c in nbformat.read(path, as_version=4).cells if tag in c.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_the_checks_are_the_chapters_own(path):
+    chapter = nbformat.read(ROOT / "nbs" / path.name, as_version=4)
+    assert cells(path, "check") == cells(ROOT / "nbs" / path.name, "check")
+    assert len(cells(path, "check")) >= 5
+    assert set(cells(path, "chapter")) <= {c.source for c in chapter.cells}
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_every_solution_is_right(path, tmp_path):
+    done = papermill.execute_notebook(path, tmp_path / path.name, kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    assert set(said_by_checks(done)) == {"'right'"}
