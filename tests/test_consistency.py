@@ -135,6 +135,12 @@ def test_clusters_are_what_a_flood_fill_finds(boxes):
     assert -1e-12 <= answer_entropy(group).item() <= 1 + 1e-12
 
 
+@given(crowds(), st.integers(2, 5))
+def test_the_medoid_is_the_first_of_equals(boxes, copies):
+    group = torch.tensor([boxes * copies], dtype=torch.double)
+    assert medoid(group).item() < len(boxes)
+
+
 def test_degenerate_groups_of_boxes():
     alone = torch.tensor([[[0.0, 0, 5, 5]], [NO_BOX]])
     assert agreement(alone).isnan().all() and dispersion(alone).isnan().all() and medoid(alone).tolist() == [0, 0] and answer_entropy(alone).tolist() == [0, 0]
