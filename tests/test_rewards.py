@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from rsground_nb.boxes import Codec, diou, giou, iou, parse_completion
-from rsground_nb.consistency import consistency_weight, group_statistics
 from rsground_nb.rewards import box_rewards, dious, format_score, gious, ious, make_rewards, positional
 from rsground_nb.rivals import box_explorer, reward_table
 
@@ -179,12 +178,3 @@ def test_the_misplaced_bracket_shows_in_the_anchors_and_beside_the_format_reward
     u, form = np.array([0.3, 0.6, 0.9, 0]), np.array([1, 1, 0, 0])
     assert standardised(form + meant(u))[2] > -0.1 and standardised(form + written(u))[2] < -0.5
     assert standardised(form + math.e * written(u)) == pytest.approx(standardised(form + meant(u)))
-
-
-@given(st.lists(st.floats(0, 1), min_size=8, max_size=8))
-def test_the_weight_is_the_formula(ious):
-    mean = sum(ious) / 8
-    variance = sum((v - mean) ** 2 for v in ious) / 8
-    weight = consistency_weight(*group_statistics(torch.tensor(ious), 8)).item()
-    assert weight == pytest.approx(min(3.0, math.exp(1.2 * (1 - mean) + variance)), rel=1e-4)
-    assert weight >= 1 - 1e-6
