@@ -59,7 +59,7 @@ def positional(
     value = (along(px1, px2, (x1 + x2) / 2, alpha * (x2 - x1) / 2, reading) * along(py1, py2, (y1 + y2) / 2, alpha * (y2 - y1) / 2, reading))
     return torch.where(usable, value, 0.0)
 
-# %% ../nbs/07_rewards.ipynb #53449312
+# %% ../nbs/07_rewards.ipynb #97a9da84
 def parts(boxes, targets):
     "(shared area, united area, sides of the enclosing box) of usable pairs."
     shared = (torch.minimum(boxes[..., 2:], targets[..., 2:]) - torch.maximum(boxes[..., :2], targets[..., :2])).clamp(min=0).prod(-1)
@@ -94,11 +94,11 @@ def closeness(
     boxes: torch.Tensor, targets: torch.Tensor,
     diagonal,  # of the image, in the unit of the boxes: a number or (n,)
 ) -> torch.Tensor:
-    "(n,) 1 minus the distance of the centres over the diagonal, in [0, 1] for boxes inside the image; 0 for unusable pairs. The slope at distance 0 is taken as 0."
+    "(n,) 1 minus the distance of the centres over the diagonal, in [0, 1]; 0 for unusable pairs and farther than a diagonal. The slope at distance 0 is taken as 0."
     usable, boxes, targets = paired(boxes, targets)
     squared = apart(boxes, targets)
     distance = torch.where(squared > 0, squared.clamp(min=1e-24).sqrt(), 0.0)
-    return torch.where(usable, 1 - distance / diagonal, 0.0)
+    return torch.where(usable, (1 - distance / diagonal).clamp(min=0), 0.0)
 
 # %% ../nbs/07_rewards.ipynb #0358c4f1
 def box_rewards(
