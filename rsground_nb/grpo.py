@@ -43,7 +43,7 @@ class SpatialGRPOConfig(GRPOConfig):
         if self.consistency and self.beta != 0:
             raise ValueError("the consistency weight scales advantages, which leaves a KL term (beta != 0) unweighted: set beta=0 or consistency=False")
 
-# %% ../nbs/09_grpo.ipynb #38853a71
+# %% ../nbs/09_grpo.ipynb #8e792c03
 class SpatialGRPOTrainer(GRPOTrainer):
     "TRL's GRPO with each group's advantages scaled by its consistency weight. Raises ValueError unless a reward function is named `iou_reward`."
 
@@ -121,10 +121,11 @@ class SpatialGRPOTrainer(GRPOTrainer):
             kinds = types[start * G:end * G:G, :keep] if types is not None else torch.zeros_like(ids[::G, :keep])
             one, two = images[start], images[end]
             with self.accelerator.autocast():
-                passes.append(score_rollouts(model, [p[m] for p, m in zip(ids[::G, :keep], real)], [c[m] for c, m in zip(ids[:, keep:], mask[:, keep:])], G, [k[m] for k, m in zip(kinds, real)],
-                                             *((pixels[patches[one]:patches[two]], grid[one:two]) if grid is not None else (None, None))))
-        logps, entropies = (torch.cat([F.pad(x, (0, logits_to_keep - x.shape[1])) for x in part]) for part in zip(*passes))
-        return logps, entropies if compute_entropy else None, None
+                found = score_rollouts(model, [p[m] for p, m in zip(ids[::G, :keep], real)], [c[m] for c, m in zip(ids[:, keep:], mask[:, keep:])], G, [k[m] for k, m in zip(kinds, real)],
+                                             *((pixels[patches[one]:patches[two]], grid[one:two]) if grid is not None else (None, None)))
+            passes.append([F.pad(x, (0, logits_to_keep - x.shape[1])) for x in found[:1 + compute_entropy]])
+        logps, *entropies = map(torch.cat, zip(*passes))
+        return logps, entropies[0] if compute_entropy else None, None
 
 # %% ../nbs/09_grpo.ipynb #b1e28483
 def grpo_rows(
