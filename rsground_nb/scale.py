@@ -12,7 +12,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# %% ../nbs/00_scale.ipynb #c3510127
+# %% ../nbs/00_scale.ipynb #3e09ef6a
 @dataclass(frozen=True)
 class Scale:
     "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
@@ -35,15 +35,16 @@ class Scale:
     grpo_learning_rate: float
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
+    processes: int = 1          # of GRPO on a CPU, one core each
 
-# %% ../nbs/00_scale.ipynb #462c3a39
+# %% ../nbs/00_scale.ipynb #df2007ab
 SMOKE = Scale(
     name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=64,
     sft_steps=100, sft_batch_size=16, sft_learning_rate=8e-3,
     grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=450, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=8, grpo_learning_rate=1.5e-4,
-    rows_per_pass=64)
+    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=450, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=80, prompts_per_step=32, grpo_learning_rate=2e-4,
+    rows_per_pass=64, processes=2)
 GPU = Scale(
     name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,
     sft_steps=1500, sft_batch_size=16, sft_learning_rate=1e-4,

@@ -13,7 +13,6 @@ referring  words of position, size or relation, and at least one more object of 
 import argparse
 import fcntl
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ import pandas as pd
 
 from scipy.stats import sem, t
 
-from rsground_nb.data import load_data, to_dataset
+from rsground_nb.data import to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
-from rsground_nb.grpo import grpo_rows, grpo_stage, grpo_trainer, with_rivals
-from rsground_nb.model import DIRECT, REASON, codec_of, load_tiny, load_vlm
+from rsground_nb.grpo import grpo_stage, on_processes, train_grpo
+from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
 from rsground_nb.pretrain import name_quiz
 from rsground_nb.rewards import format_score
 from rsground_nb.scale import get_scale, start
@@ -95,20 +94,15 @@ def main():
 
 def train_and_judge(run, seed, size, rows, base):
     """CoT-SFT, then GRPO with a seed of its own, each judged against the stage before."""
-    splits, learned = load_data("scenes", size, 0)[0], sft_stage("scenes", "workshop", 0, run)
+    learned = sft_stage("scenes", "workshop", 0, run)
     sft = answers(learned, rows, REASON, size.max_completion_length)
     add_rows([judged("referring", "CoT-SFT", 0, sft, base, minutes=pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0])])
-    folder = grpo_stage("scenes", "workshop", 0, run) if seed == 0 else run / f"grpo-seed-{seed}"
-    if not (folder / "model.safetensors").exists():
-        start(seed)
-        model, processor = load_vlm(str(learned))
-        trainer = grpo_trainer(model, processor, grpo_rows(with_rivals(splits["train"])), codec_of(model.config.model_type, processor), size, seed, folder)
-        began = time.time()
-        trainer.train()
-        trainer.model.save_pretrained(folder); processor.save_pretrained(folder)
-        pd.DataFrame([r for r in trainer.state.log_history if "reward" in r]).assign(minutes=(time.time() - began) / 60).to_csv(folder / "log.csv", index=False)
-    grpo = answers(folder, rows, REASON, size.max_completion_length)
-    log = pd.read_csv((folder.parent if seed == 0 else folder) / "log.csv")
+    folder = grpo_stage("scenes", "workshop", 0, run).parent if seed == 0 else run / f"grpo-seed-{seed}"
+    if not (folder / "log.csv").exists() or not (folder / "model").exists():
+        folder.mkdir(exist_ok=True)
+        on_processes(size.processes, train_grpo, str(learned), "scenes", size, 0, seed, folder)
+    grpo = answers(folder / "model", rows, REASON, size.max_completion_length)
+    log = pd.read_csv(folder / "log.csv")
     add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=log.minutes.iloc[0])])
     found = pd.read_csv(TABLE, dtype={"seed": str})
     found = found[(found.stage == "GRPO") & (found.seed != "all")]
