@@ -42,7 +42,7 @@ def group_advantages(
     std = rewards.std(-1, keepdim=True) if scale_rewards == "group" else rewards.flatten(-2).std(-1)[..., None, None]
     return centred / (std + 1e-4)
 
-# %% ../nbs/07c_bandit.ipynb #69bcdc81
+# %% ../nbs/07c_bandit.ipynb #bd6e8e0e
 def train_policies(
     reward,                         # f(boxes (..., 4)) -> (...), see `weighted`
     starts: torch.Tensor,           # (questions, 4) first means: cx, cy, log w, log h
@@ -55,7 +55,7 @@ def train_policies(
     scale_rewards: str = "group",   # batch: the questions of one seed are the batch
     optimizer: str = "natural",     # natural | sgd | adam
 ):
-    "(means, spreads), both (seeds, questions, steps + 1, 4), of policies trained by on-policy GRPO without KL term. Raises ValueError for an unknown optimizer or scaling. [ours]"
+    "(means, spreads), both (seeds, questions, steps + 1, 4), of policies trained by GRPO, each draw used for one step, without a penalty for leaving the start. Raises ValueError for an unknown optimizer or scaling. [ours]"
     if optimizer not in ("natural", "sgd", "adam"): raise ValueError(f"unknown optimizer {optimizer!r}: use natural, sgd or adam")
     draw = lambda s: torch.randn(steps, num_generations, 4, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
     noise = torch.stack([draw(s) for s in seeds], 1)[:, :, None]
