@@ -6,26 +6,23 @@
 __all__ = ['SpatialGRPOConfig', 'SpatialGRPOTrainer', 'grpo_rows', 'with_rivals', 'grpo_trainer', 'on_processes', 'train_grpo',
            'grpo_stage', 'silent']
 
-# %% ../nbs/09_grpo.ipynb #e1e63f57
+# %% ../nbs/09_grpo.ipynb #9a876d0f
 import os
 import time
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
+from trl import GRPOConfig
 
 from .boxes import Codec
 from .consistency import consistency_weight, group_statistics
 from .data import load_data
 from .model import SPECIAL, adapt, codec_of, fingerprints, load_vlm, to_prompt
 from .rewards import REWARD_WEIGHTS, make_rewards
-from .rollouts import OncePerGroup, by_group, by_rollout, check_sharing, score_rollouts, share_attention, write_rollouts
+from .rollouts import SharedPromptTrainer
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .sft import save_stage, sft_stage
 
@@ -45,8 +42,8 @@ class SpatialGRPOConfig(GRPOConfig):
         if self.consistency and self.beta != 0:
             raise ValueError("the consistency weight scales advantages, which leaves a KL term (beta != 0) unweighted: set beta=0 or consistency=False")
 
-# %% ../nbs/09_grpo.ipynb #8e792c03
-class SpatialGRPOTrainer(GRPOTrainer):
+# %% ../nbs/09_grpo.ipynb #93c6fd2b
+class SpatialGRPOTrainer(SharedPromptTrainer):
     "TRL's GRPO with each group's advantages scaled by its consistency weight. Raises ValueError unless a reward function is named `iou_reward`."
 
     def _calculate_rewards(self, *args, **kwargs):
@@ -66,68 +63,12 @@ class SpatialGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        batch = self._with_shared_prompts(inputs) if self.args.share_prompt else super()._generate_and_score_completions(inputs)
+        batch = super()._generate_and_score_completions(inputs)
         if self.args.consistency:
-            first = self.accelerator.process_index * len(batch["advantages"])
-            batch["advantages"] = batch["advantages"] * self._rollout_weights[first:first + len(batch["advantages"])]
-        return by_group(batch, self._group_size) if self.args.share_prompt else batch
-
-    # the rest acts with share_prompt only
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.args.share_prompt:
-            check_sharing(self)
-            for model in filter(None, (self.model, self.ref_model)): share_attention(self.accelerator.unwrap_model(model))
-
-    @property
-    def _group_size(self): return self.num_generations if self.model.training else self.num_generations_eval
-
-    def _with_shared_prompts(self, inputs):
-        if any(row["prompt"] != inputs[k - k % self._group_size]["prompt"] for k, row in enumerate(inputs)) or len(inputs) % self._group_size:
-            raise ValueError(f"the rollouts of a process do not make whole groups of {self._group_size}: set share_prompt=False")
-        processor, self.processing_class = self.processing_class, OncePerGroup(self.processing_class, self._group_size)
-        try: return super()._generate_and_score_completions(inputs)
-        finally: self.processing_class = processor
-
-    def _tokenize_prompts(self, prompts):
-        if not self.args.share_prompt: return super()._tokenize_prompts(prompts)
-        ids, images, fields = super()._tokenize_prompts(prompts[::self._group_size])
-        repeat = lambda rows: rows and [row for row in rows for _ in range(self._group_size)]
-        return repeat(ids), repeat(images), fields  # the fields once per group
-
-    def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kwargs):
-        if not self.args.share_prompt or self.use_vllm or self.use_transformers_continuous_batching: return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
-        a, device, rules = self.args, self.accelerator.device, self.generation_kwargs
-        tensors = lambda rows: [torch.tensor(row, device=device) for row in rows]
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=a.gradient_checkpointing_kwargs) as model:
-            prompts = tensors(prompt_ids[::num_generations])
-            made = write_rollouts(model, prompts, num_generations, tensors(fields["mm_token_type_ids"]) if "mm_token_type_ids" in fields else [torch.zeros_like(p) for p in prompts],
-                                  *(torch.as_tensor(fields[name]).to(device) if name in fields else None for name in ("pixel_values", "image_grid_thw")), max_new_tokens=rules["max_new_tokens"], eos=self.eos_token_ids,
-                                  suppress=rules.get("suppress_tokens") or (), temperature=rules["temperature"], do_sample=rules["do_sample"])
-        return [row.tolist() for row in made], None
-
-    def _compute_loss(self, model, inputs):
-        return super()._compute_loss(model, by_rollout(inputs) if self.args.share_prompt else inputs)
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, **fields):
-        if not self.args.share_prompt: return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields)
-        G, keep = self._group_size, -logits_to_keep
-        passes = []
-        images = [0, *accumulate((fields.get("num_images") or [0] * len(input_ids))[::G])]
-        grid, pixels, types = fields.get("image_grid_thw"), fields.get("pixel_values"), fields.get("mm_token_type_ids")
-        patches = [0, *accumulate(grid.prod(1).tolist())] if grid is not None else None
-        for start in range(0, len(input_ids) // G, max(1, (batch_size or len(input_ids)) // G)):
-            end = min(start + max(1, (batch_size or len(input_ids)) // G), len(input_ids) // G)
-            ids, mask = input_ids[start * G:end * G], attention_mask[start * G:end * G].bool()
-            real = mask[::G, :keep]
-            kinds = types[start * G:end * G:G, :keep] if types is not None else torch.zeros_like(ids[::G, :keep])
-            one, two = images[start], images[end]
-            with self.accelerator.autocast():
-                found = score_rollouts(model, [p[m] for p, m in zip(ids[::G, :keep], real)], [c[m] for c, m in zip(ids[:, keep:], mask[:, keep:])], G, [k[m] for k, m in zip(kinds, real)],
-                                             *((pixels[patches[one]:patches[two]], grid[one:two]) if grid is not None else (None, None)))
-            passes.append([F.pad(x, (0, logits_to_keep - x.shape[1])) for x in found[:1 + compute_entropy]])
-        logps, *entropies = map(torch.cat, zip(*passes))
-        return logps, entropies[0] if compute_entropy else None, None
+            advantages = batch["advantages"]  # of this process: per rollout, or (group, rollout) with shared prompts
+            first = self.accelerator.process_index * advantages.numel()
+            batch["advantages"] = advantages * self._rollout_weights[first:first + advantages.numel()].view_as(advantages)
+        return batch
 
 # %% ../nbs/09_grpo.ipynb #b1e28483
 def grpo_rows(

@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['NEUTRAL', 'places', 'SharedPrompts', 'shared_attention', 'share_attention', 'places_in_picture', 'GrowingRollouts',
-           'draw_tokens', 'write_rollouts', 'score_rollouts', 'by_group', 'by_rollout', 'OncePerGroup', 'check_sharing']
+           'draw_tokens', 'write_rollouts', 'score_rollouts', 'by_group', 'by_rollout', 'OncePerGroup', 'check_sharing',
+           'score_batch', 'SharedPromptTrainer']
 
-# %% ../nbs/08b_rollouts.ipynb #b64d5415
+# %% ../nbs/08b_rollouts.ipynb #111ca367
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 # %% ../nbs/08b_rollouts.ipynb #d11360f3
 def places(
@@ -236,3 +241,73 @@ def check_sharing(
     if trainer.use_vllm or trainer.use_transformers_continuous_batching: return  # these write the rollouts themselves
     odd = {name: value for name, allowed in NEUTRAL.items() if (value := trainer.generation_kwargs.get(name)) not in allowed}
     if odd: raise ValueError(f"shared prompts draw by temperature and suppress_tokens only, the settings say {odd}: leave them out or set share_prompt=False")
+
+# %% ../nbs/08b_rollouts.ipynb #f5d8d478
+def score_batch(
+    model,
+    input_ids: torch.Tensor,       # (rollouts, tokens): prompt padded on the left, rollout on the right
+    attention_mask: torch.Tensor,  # the same shape
+    logits_to_keep: int,           # width of the rollouts
+    num_generations: int,
+    rows_per_pass: int,
+    mm_token_type_ids=None, pixel_values=None, image_grid_thw=None, num_images=None,  # rows of tokens and numbers of images per rollout; images once per group
+):
+    "(log-probabilities, entropies), both (rollouts, logits_to_keep), from a batch as TRL holds it."
+    G, mask, parts = num_generations, attention_mask.bool(), []
+    types = torch.zeros_like(input_ids) if mm_token_type_ids is None else mm_token_type_ids
+    images = [0, *accumulate((num_images or [0] * len(input_ids))[::G])]
+    patches = [0, *accumulate(image_grid_thw.prod(1).tolist())] if image_grid_thw is not None else []
+    for rows in torch.arange(len(input_ids)).split(max(rows_per_pass // G, 1) * G):
+        first, last = images[rows[0] // G], images[rows[-1] // G + 1]
+        prompt = lambda table: [row[real] for row, real in zip(table[rows[::G], :-logits_to_keep], mask[rows[::G], :-logits_to_keep])]
+        rollouts = [row[real] for row, real in zip(input_ids[rows, -logits_to_keep:], mask[rows, -logits_to_keep:])]
+        pictures = (pixel_values[patches[first]:patches[last]], image_grid_thw[first:last]) if patches else (None, None)
+        parts.append(score_rollouts(model, prompt(input_ids), rollouts, G, prompt(types), *pictures))
+    whole = lambda tables: None if tables[0] is None else torch.cat([F.pad(x, (0, logits_to_keep - x.shape[1])) for x in tables])
+    return tuple(map(whole, zip(*parts)))
+
+# %% ../nbs/08b_rollouts.ipynb #a78f3820
+class SharedPromptTrainer(GRPOTrainer):
+    "TRL's GRPO with prompt and image computed once per group if `args.share_prompt`, else TRL's own way to the bit. Raises ValueError where sharing is ruled out."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.args.share_prompt: return
+        check_sharing(self)
+        for model in filter(None, (self.model, self.ref_model)): share_attention(self.accelerator.unwrap_model(model))
+
+    @property
+    def _group_size(self): return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.args.share_prompt: return super()._generate_and_score_completions(inputs)
+        size, processor = self._group_size, self.processing_class
+        if len(inputs) % size or any(row.get("prompt") != inputs[k - k % size].get("prompt") for k, row in enumerate(inputs)): raise ValueError(f"the rollouts of this process do not make whole groups of {size}: set share_prompt=False")
+        self.processing_class = OncePerGroup(processor, size)
+        try: return by_group(super()._generate_and_score_completions(inputs), size)
+        finally: self.processing_class = processor
+
+    def _tokenize_prompts(self, prompts):
+        if not self.args.share_prompt: return super()._tokenize_prompts(prompts)
+        ids, images, fields = super()._tokenize_prompts(prompts[::self._group_size])
+        repeat = lambda rows: rows and [row for row in rows for _ in range(self._group_size)]
+        return repeat(ids), repeat(images), fields  # the fields once per group
+
+    def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kwargs):
+        if not self.args.share_prompt or self.use_vllm or self.use_transformers_continuous_batching: return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
+        device, rules = self.accelerator.device, self.generation_kwargs
+        prompts = [torch.tensor(row, device=device) for row in prompt_ids[::num_generations]]
+        types = [torch.tensor(row, device=device) for row in fields["mm_token_type_ids"]] if "mm_token_type_ids" in fields else [torch.zeros_like(p) for p in prompts]
+        pictures = [torch.as_tensor(fields[name]).to(device) if name in fields else None for name in ("pixel_values", "image_grid_thw")]
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as model:
+            made = write_rollouts(model, prompts, num_generations, types, *pictures, max_new_tokens=rules["max_new_tokens"], eos=self.eos_token_ids, suppress=rules["suppress_tokens"] or (), temperature=rules["temperature"], do_sample=rules["do_sample"])
+        return [row.tolist() for row in made], None
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, by_rollout(inputs) if self.args.share_prompt else inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, **fields):
+        if not self.args.share_prompt: return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields)
+        with self.accelerator.autocast():
+            used = {name: fields.get(name) for name in ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")}
+            return *score_batch(model, input_ids, attention_mask, logits_to_keep, self._group_size, batch_size or len(input_ids), **used), None

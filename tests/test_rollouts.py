@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import rsground_nb.grpo
+import rsground_nb.rollouts
 from rsground_nb.data import load_data
 from rsground_nb.grpo import grpo_rows, grpo_trainer
 from rsground_nb.model import REASON, codec_of, load_tiny, load_vlm, lora_config, to_prompt
@@ -130,7 +131,7 @@ def grpo(share, folder, monkeypatch, size=SMALL, steps=None, **kwargs):
         return batch
     with monkeypatch.context() as patch:
         patch.setattr(trl_grpo, "shuffle_sequence_dict", shuffled)
-        patch.setattr(rsground_nb.grpo, "write_rollouts", partial(write_rollouts, draw=lambda chances: torch.multinomial(chances, 1)[:, 0], least_live=0))
+        patch.setattr(rsground_nb.rollouts, "write_rollouts", partial(write_rollouts, draw=lambda chances: torch.multinomial(chances, 1)[:, 0], least_live=0))
         start(0)
         model, processor = load_vlm("tiny")
         trainer = grpo_trainer(model, processor, grpo_rows(load_data("scenes", size, 0)[0]["train"]), codec_of(model.config.model_type, processor), size, 0, folder, disable_tqdm=True, share_prompt=share, temperature=1.5, optim="sgd", learning_rate=0.02, **kwargs)
