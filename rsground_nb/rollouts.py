@@ -60,7 +60,7 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, sh
 AttentionInterface.register("shared_prompt", shared_attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
-# %% ../nbs/08b_rollouts.ipynb #bceb381b
+# %% ../nbs/08b_rollouts.ipynb #14696c02
 def share_attention(
     model,  # of a Qwen-VL class, with or without LoRA
 ):
@@ -75,7 +75,7 @@ def places_in_picture(
     model, ids, real, types, image_grid_thw=None,
 ):
     "M-RoPE positions (3, prompts, tokens), and (prompts,) what to add to the number of tokens before it for the position of a later token."
-    model = getattr(model, "module", model)  # of DistributedDataParallel
+    model = getattr(model, "module", model)  # out of the wrapper of several processes
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     positions, delta = base.base_model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=image_grid_thw, attention_mask=real.long())
     return positions, delta[:, 0]

@@ -1,6 +1,10 @@
 """Shared prompts against the usual way: the same tokens, log-probabilities, gradients, steps."""
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -124,7 +128,7 @@ def test_by_group_and_back():
     assert all(torch.as_tensor(v).equal(torch.as_tensor(batch[k])) for k, v in by_rollout(grouped).items())
 
 
-def grpo(share, folder, monkeypatch, size=SMALL, steps=None, **kwargs):
+def grpo(share, folder, monkeypatch, size=SMALL, **kwargs):
     """A training run in which both ways draw the same random numbers; returns its log, weights and the rollouts' rewards."""
     def shuffled(batch, shuffle=trl_grpo.__dict__.get("_kept", trl_grpo.shuffle_sequence_dict)):
         state = torch.get_rng_state(); batch = shuffle(batch); torch.set_rng_state(state)
@@ -161,9 +165,23 @@ def test_switched_off_it_is_trl_to_the_bit(tmp_path, monkeypatch):
     assert all(weights[n].equal(same[n]) for n in same)
 
 
+def test_same_training_run_on_two_processes(tmp_path):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)], check=True, timeout=300)
+    (usual, a), (ours, b), (other, c) = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("False0", "True0", "True1"))
+    np.testing.assert_allclose(ours, usual, rtol=2e-4, atol=1e-5)
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) and b[n].equal(c[n]) for n in a) and any(not a[n].equal(p) for n, p in load_tiny()[0].named_parameters() if n in a)
+
+
 @pytest.mark.parametrize("settings, reason", [(dict(per_device_train_batch_size=6, gradient_accumulation_steps=2), "whole groups"), (dict(top_p=0.9), "top_p"), (dict(generation_kwargs=dict(num_beams=2)), "num_beams")])
 def test_refused(settings, reason, tmp_path):
     model, processor = load_vlm("tiny")
     with pytest.raises(ValueError, match=reason): grpo_trainer(model, processor, grpo_rows(load_data("scenes", SMALL, 0)[0]["train"]), codec_of("qwen3_vl", processor), SMALL, 0, tmp_path, disable_tqdm=True, **settings)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="eager"): share_attention(model)
+
+
+if __name__ == "__main__":  # one of two processes
+    out = Path(sys.argv[1])
+    for share in (False, True):
+        log, weights = grpo(share, out / str(share), pytest.MonkeyPatch(), gradient_accumulation_steps=1)
+        torch.save((log.to_numpy(float) if len(log) else None, weights), out / f"{share}{os.environ['RANK']}.pt")
