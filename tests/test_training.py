@@ -1,12 +1,14 @@
 """Both trainers on a few steps: what moves, what must not move, and the same numbers for the same seed."""
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
-from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer, with_rivals
+from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer, on_processes, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
@@ -72,3 +74,21 @@ def test_grpo_asks_where_there_is_a_rival():
     assert with_rivals(rows)["expression"][:] == ["0", "4"]
     assert with_rivals(rows, least=2)["expression"][:] == ["0", "4"] and len(with_rivals(rows, least=3)) == 5
     assert len(with_rivals(rows.select([2, 3]))) == 2  # nothing left: all are kept
+
+
+def leave_mark(folder): Path(folder, os.environ.get("RANK", "alone")).write_text(os.environ.get("WORLD_SIZE", "1"))
+
+
+def fail(folder): raise OSError("no room left")
+
+
+def test_work_is_done_here_or_by_several_processes(tmp_path):
+    for count, marks in ((1, {"alone": "1"}), (2, {"0": "2", "1": "2"})):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        on_processes(count, leave_mark, folder)
+        assert {p.name: p.read_text() for p in folder.iterdir()} == marks
+
+
+def test_a_process_that_fails_is_not_passed_over(tmp_path):
+    with pytest.raises(Exception, match="no room left"): on_processes(2, fail, tmp_path)
