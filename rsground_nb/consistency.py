@@ -155,7 +155,7 @@ def group_table(
     weight = consistency_weight(*group_statistics(values, len(values)), lambda_mean, lambda_var, lowest, highest).item()
     return pd.DataFrame(dict(IoU=values, reward=rewards, advantage=advantages, weight=weight, length=lengths, per_token=weight * advantages / torch.tensor(lengths)), index=[f"rollout {k + 1}" for k in range(len(ious))])
 
-# %% ../nbs/08_consistency.ipynb #ab8ffd4c
+# %% ../nbs/08_consistency.ipynb #d3b1b996
 def weight_explorer(
     ious=(0.8, 0.3, 0.0, 0.0), lengths=(40, 80, 40, 20),  # where the sliders begin
 ):
@@ -165,9 +165,9 @@ def weight_explorer(
     def slider(name, value, low, high, kind=widgets.FloatSlider, step=0.05): return kind(value=value, min=low, max=high, step=step, description=name)
     quality = [slider(f"IoU {k}", u, 0, 1) for k, u in enumerate(ious, 1)]
     tokens = [slider(f"tokens {k}", n, 1, 160, widgets.IntSlider, 1) for k, n in enumerate(lengths, 1)]
-    constants = [slider(*settings) for settings in (("λ mean", 1.2, 0, 3), ("λ variance", 1.0, 0, 6), ("lowest", 0.5, 0, 2), ("highest", 3.0, 1, 6))]
+    constants = [slider(*settings) for settings in (("λ mean", 1.2, 0, 3), ("λ variance", 1.0, 0, 6), ("lowest", 0.5, 0, 1), ("highest", 3.0, 1, 6))]
     view = widgets.HTML()
-    def show(change=None): view.value = group_table([s.value for s in quality], [s.value for s in tokens], *[s.value for s in constants]).round(3).to_html()
+    def show(change=None): view.value = group_table([s.value for s in quality], [s.value for s in tokens], *[s.value for s in constants]).to_html(float_format="{:.3f}".format)
     for part in (*quality, *tokens, *constants): part.observe(show, "value")
     show()
-    return widgets.VBox([widgets.HBox([widgets.VBox(quality), widgets.VBox(tokens), widgets.VBox(constants)]), view])
+    return widgets.VBox([widgets.HBox([widgets.VBox(quality), widgets.VBox(tokens), widgets.VBox(constants)], layout=dict(flex_flow="row wrap")), view])

@@ -35,7 +35,7 @@ def reward_table(
         rows[name] = dict(zip(["value", "right", "down", "wider", "taller"], [value.item(), *slope]))
     return pd.DataFrame(rows).T
 
-# %% ../nbs/07b_rivals.ipynb #73bdd421
+# %% ../nbs/07b_rivals.ipynb #f3f431fc
 def box_explorer(
     image: Image.Image,
     target,  # (x1, y1, x2, y2), pixels of `image`
@@ -43,17 +43,18 @@ def box_explorer(
     "A widget: two range sliders move the orange box over the picture, two more set alpha and beta, and `reward_table` is shown beside it."
     import ipywidgets as widgets
 
-    span = lambda lo, hi, most, name: widgets.IntRangeSlider(value=(round(lo), round(hi)), min=0, max=most, description=name)
+    look = dict(layout=dict(width="410px"), style=dict(description_width="50px"))  # wide enough that the bar of a small box can be grabbed
+    span = lambda lo, hi, most, name: widgets.IntRangeSlider(value=(round(lo), round(hi)), min=0, max=most, description=name, **look)
     x, y = span(target[0], target[2], image.width, "x (px)"), span(target[1], target[3], image.height, "y (px)")
-    alpha, beta = widgets.FloatSlider(value=2.5, min=0.5, max=10, step=0.5, description="alpha"), widgets.FloatSlider(value=0.1, min=0, max=1, step=0.05, description="beta")
+    alpha, beta = widgets.FloatSlider(value=2.5, min=0.5, max=10, step=0.5, description="alpha", **look), widgets.FloatSlider(value=0.1, min=0, max=1, step=0.05, description="beta", **look)
     picture, table = widgets.Image(format="png"), widgets.HTML()
 
     def show(change=None):
         box = (x.value[0], y.value[0], x.value[1], y.value[1])
         buffer = io.BytesIO()
         draw_boxes(image, target, box, zoom=max(1, 300 / image.width)).save(buffer, "png")
-        picture.value, table.value = buffer.getvalue(), reward_table(box, target, image.size, alpha.value, beta.value).to_html(float_format="{:.4f}".format)
+        picture.value, table.value = buffer.getvalue(), (reward_table(box, target, image.size, alpha.value, beta.value).round(4) + 0.0).to_html(float_format="{:.4f}".format)
 
     for control in (x, y, alpha, beta): control.observe(show, "value")
     show()
-    return widgets.HBox([widgets.VBox([picture, x, y, alpha, beta]), table])
+    return widgets.HBox([picture, widgets.VBox([x, y, alpha, beta, table])], layout=dict(flex_flow="row wrap", align_items="flex-start"))

@@ -130,13 +130,13 @@ def test_the_slopes_of_the_table_are_those_of_small_steps():
 def test_the_explorer_shows_the_table_of_the_box_that_was_set():
     from PIL import Image
 
-    left, table = box_explorer(Image.new("RGB", (100, 80)), (40, 30, 60, 50)).children
-    picture, x, y, alpha, beta = left.children
+    picture, right = box_explorer(Image.new("RGB", (100, 80)), (40, 30, 60, 50)).children
+    x, y, alpha, beta, table = right.children
     assert x.value == (40, 60) and y.value == (30, 50) and "<td>0.2500</td>" not in table.value
     before = picture.value
     x.value, y.value, alpha.value, beta.value = (45, 55), (35, 45), 5, 0.5
     assert picture.value != before and bytes(picture.value).startswith(b"\x89PNG")
-    assert table.value == reward_table((45, 35, 55, 45), (40, 30, 60, 50), (100, 80), 5, 0.5).to_html(float_format="{:.4f}".format)
+    assert table.value == (reward_table((45, 35, 55, 45), (40, 30, 60, 50), (100, 80), 5, 0.5).round(4) + 0.0).to_html(float_format="{:.4f}".format)
     assert "<td>0.2500</td>" in table.value  # half the sides
     x.value = (50, 50)  # no area: defined
     assert "nan" not in table.value.lower()
