@@ -205,7 +205,7 @@ def test_the_widget_shows_the_table_of_its_sliders():
     sliders["IoU 2"].value, sliders["tokens 1"].value, sliders["λ variance"].value, sliders["highest"].value = 1.0, 10, 4.0, 2.0
     assert shown() == group_table([0.8, 1.0, 0, 0], [10, 80, 40, 20], 1.2, 4.0, 0.5, 2.0).to_html(float_format="{:.3f}".format) and "2.000" in shown()
     sliders["highest"].value = 1.0
-    assert "<td>1.0</td>" in shown()
+    assert "<td>1.000</td>" in shown()
 
 
 # scaling the advantages is scaling the loss: TRL's own loss, each group alone against the weighted batch
