@@ -222,7 +222,7 @@ def real(tmp_path_factory):
     start(0)
     model, processor = load_tiny()
     rows = grpo_rows(to_dataset(list(scene_records(6, 0))))
-    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), replace(SMOKE, prompts_per_step=2, num_generations=SIZE, lora_rank=8), 0, tmp_path_factory.mktemp("grpo"), disable_tqdm=True)
+    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), replace(SMOKE, prompts_per_step=2, num_generations=SIZE, lora_rank=8), 0, tmp_path_factory.mktemp("grpo"), disable_tqdm=True, share_prompt=False)
     trainer.current_gradient_accumulation_steps = 1
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(400, (6, 12), generator=draw)
