@@ -7,11 +7,14 @@ __all__ = ['group_statistics', 'check_groups', 'consistency_weight', 'has_box', 
            'medoid', 'paper_weight', 'lead_weight', 'clusters', 'answer_entropy', 'seed_weight', 'group_table',
            'weight_explorer']
 
-# %% ../nbs/08_consistency.ipynb #5be9209f
+# %% ../nbs/08_consistency.ipynb #32d8e419
 import math
 
 import pandas as pd
 import torch
+
+from .bandit import group_advantages
+from .rewards import ious
 
 # %% ../nbs/08_consistency.ipynb #25038bce
 def group_statistics(
@@ -46,7 +49,7 @@ def consistency_weight(
     "(questions,) weight of each group's loss, in [lowest, highest]. Paper section 3.4 [2nd]."
     return torch.exp(lambda_mean * (1 - mean) + lambda_var * variance).clamp(lowest, highest)
 
-# %% ../nbs/08_consistency.ipynb #40f7cd3b
+# %% ../nbs/08_consistency.ipynb #effb7f26
 def has_box(
     boxes: torch.Tensor,  # (..., 4) xyxy
 ) -> torch.Tensor:
@@ -57,10 +60,7 @@ def pairwise_iou(
     boxes: torch.Tensor,  # (..., G, 4) xyxy in any common frame; rows of NaN for unparsable answers
 ) -> torch.Tensor:
     "(..., G, G) IoU of each rollout with each other, in [0, 1]; 0 where one of the two has no box."
-    boxes = boxes.double().where(has_box(boxes)[..., None], 0.0)
-    low, high = torch.max(boxes[..., :, None, :2], boxes[..., None, :, :2]), torch.min(boxes[..., :, None, 2:], boxes[..., None, :, 2:])
-    shared, area = (high - low).clamp(min=0).prod(-1), (boxes[..., 2:] - boxes[..., :2]).prod(-1)
-    return shared / (area[..., :, None] + area[..., None, :] - shared).clamp(min=torch.finfo(torch.double).tiny)
+    return ious(boxes[..., :, None, :], boxes[..., None, :, :])
 
 def agreement(
     boxes: torch.Tensor,  # (questions, G, 4); rows of NaN for unparsable answers
@@ -139,7 +139,7 @@ def seed_weight(
     check_groups(ious, num_generations, boxes)
     return 1 - sensitivity * answer_entropy(boxes.view(-1, num_generations, 4), same_at)
 
-# %% ../nbs/08_consistency.ipynb #d0f30afe
+# %% ../nbs/08_consistency.ipynb #7ef4abd1
 def group_table(
     ious: list,     # of the rollouts of one question, each in [0, 1]; None: the answer could not be read
     lengths: list,  # tokens of each rollout, at least 1
@@ -150,8 +150,7 @@ def group_table(
     values = torch.tensor([0.0 if u is None else u for u in ious], dtype=torch.double)
     check_groups(values, len(values))
     rewards = values + torch.tensor([float(u is not None) for u in ious])
-    spread = rewards.std() if len(rewards) > 1 else 0.0
-    advantages = (rewards - rewards.mean()) / (spread + 1e-4)
+    advantages = group_advantages(rewards)
     weight = consistency_weight(*group_statistics(values, len(values)), lambda_mean, lambda_var, lowest, highest).item()
     return pd.DataFrame(dict(IoU=values, reward=rewards, advantage=advantages, weight=weight, length=lengths, per_token=weight * advantages / torch.tensor(lengths)), index=[f"rollout {k + 1}" for k in range(len(ious))])
 
