@@ -26,11 +26,11 @@ from pycocotools import mask as coco_mask
 from .boxes import area, completion_box, iou, parse_completion, read_mask
 from .data import held_out, load_data, split_hash
 from .grammar import cues
-from .grpo import grpo_stage
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
 from .scale import finish_stage, get_scale, settings_of, stage_ready, start
 from .scenes import cell_name
 from .sft import sft_stage
+from .train import grpo_stage
 
 # %% ../nbs/10_evaluate.ipynb #daed61d0
 def resampled(

@@ -24,7 +24,7 @@ from pathlib import Path
 from .scale import get_scale
 
 # %% ../nbs/90_run.ipynb #9b348fb3
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "10_evaluate", "90_run"]
+CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -172,7 +172,7 @@ def write_report(
 ):
     "One self-contained HTML page about a run whose evaluation is there."
     import pandas as pd
-    from rsground_nb.grpo import silent
+    from rsground_nb.train import silent
     from rsground_nb.synthesis import as_data_url, fill_in
 
     out = Path(run["out"])

@@ -22,13 +22,13 @@ from scipy.stats import sem, t
 
 from rsground_nb.data import to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
-from rsground_nb.grpo import grpo_stage, on_processes, train_grpo
 from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
 from rsground_nb.pretrain import name_quiz
 from rsground_nb.rewards import format_score
 from rsground_nb.scale import get_scale, start
 from rsground_nb.scenes import scene_records
 from rsground_nb.sft import sft_stage
+from rsground_nb.train import grpo_stage, on_processes, train_grpo
 
 TABLE = Path(__file__).parent / "benchmark_learning.csv"
 HELD_OUT = 1000  # seed of all questions here; training uses 0, 1, 2

@@ -12,7 +12,7 @@ from rsground_nb.boxes import iou
 from rsground_nb.consistency import (agreement, answer_entropy, check_groups, clusters, consistency_weight, dispersion, group_statistics, group_table, has_box, lead_weight, medoid, pairwise_iou, paper_weight,
                                      seed_weight, weight_explorer)
 from rsground_nb.data import to_dataset
-from rsground_nb.grpo import grpo_rows, grpo_trainer
+from rsground_nb.train import grpo_rows, grpo_trainer
 from rsground_nb.model import codec_of, load_tiny
 from rsground_nb.scale import SMOKE, start
 from rsground_nb.scenes import scene_records

@@ -16,13 +16,13 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-import rsground_nb.grpo
 import rsground_nb.rollouts
+import rsground_nb.train
 from rsground_nb.data import load_data
-from rsground_nb.grpo import grpo_rows, grpo_trainer
 from rsground_nb.model import REASON, codec_of, load_tiny, load_vlm, lora_config, to_prompt
 from rsground_nb.rollouts import SharedPrompts, by_group, by_rollout, draw_tokens, score_rollouts, share_attention, write_rollouts
 from rsground_nb.scale import get_scale, start
+from rsground_nb.train import grpo_rows, grpo_trainer
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, grpo_steps=3, prompts_per_step=4, num_generations=4, max_completion_length=24, rows_per_pass=8, lora_rank=0)
 G = 3
@@ -159,7 +159,7 @@ def test_same_training_run(settings, tmp_path, monkeypatch):
 
 def test_switched_off_it_is_trl_to_the_bit(tmp_path, monkeypatch):
     log, weights = grpo(False, tmp_path / "a", monkeypatch, consistency=False)
-    monkeypatch.setattr(rsground_nb.grpo, "SpatialGRPOTrainer", GRPOTrainer)
+    monkeypatch.setattr(rsground_nb.train, "SpatialGRPOTrainer", GRPOTrainer)
     same_log, same = grpo(False, tmp_path / "b", monkeypatch, consistency=False)
     pd.testing.assert_frame_equal(log, same_log)
     assert all(weights[n].equal(same[n]) for n in same)

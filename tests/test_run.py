@@ -110,5 +110,5 @@ def test_the_folder_of_another_run_is_refused(smoke_run, capsys):
 
 
 def test_a_chapter_refuses_a_parameter_that_it_does_not_have(tmp_path):
-    with pytest.raises(ValueError, match="09_grpo has no parameter sede: it has scale, seed, out, data"): run_chapter("09_grpo", tmp_path / "x.ipynb", sede=3)
+    with pytest.raises(ValueError, match="09b_train has no parameter sede: it has scale, seed, out, data"): run_chapter("09b_train", tmp_path / "x.ipynb", sede=3)
     assert not (tmp_path / "x.ipynb").exists()

@@ -8,7 +8,8 @@ import pytest
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
-from rsground_nb.grpo import SpatialGRPOConfig, grpo_rows, grpo_trainer, on_processes, with_rivals
+from rsground_nb.grpo import SpatialGRPOConfig
+from rsground_nb.train import grpo_rows, grpo_trainer, on_processes, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
