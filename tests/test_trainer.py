@@ -48,7 +48,7 @@ def told(kind=Told, prepare=lambda model, processor: None, rewards=None, rank=0,
     lora = adapt(model, rank)
     prepare(model, processor)
     usual = dict(output_dir=tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=questions * G, num_generations=G, max_completion_length=160, learning_rate=0.02, optim="sgd", lr_scheduler_type="constant", loss_type="grpo",
-                 logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, seed=0)
+                 logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, seed=0, ddp_timeout=60)
     kept = to_dataset(list(rows)).select_columns(["image", "box", "width", "height", "image_id"]).add_column("prompt", [to_prompt(row["expression"]) for row in rows])
     iou_reward = make_rewards(codec_of(model.config.model_type, processor))[1]
     trainer = kind(model=model, reward_funcs=rewards or [iou_reward], args=SpatialGRPOConfig(**{**usual, **changed}), train_dataset=kept, processing_class=processor, peft_config=lora)
