@@ -139,7 +139,7 @@ def grpo(share, folder, monkeypatch, size=SMALL, **kwargs):
         start(0)
         model, processor = load_vlm("tiny")
         trainer = grpo_trainer(model, processor, grpo_rows(load_data("scenes", size, 0)[0]["train"]), codec_of(model.config.model_type, processor), size, 0, folder, disable_tqdm=True, share_prompt=share, temperature=1.5, optim="sgd", learning_rate=0.02, **kwargs)
-        trainer.reward_funcs[1] = lambda completions, **columns: [len(c[0]["content"]) / 100 for c in completions]  # the base does not answer in form; lengths differ
+        trainer.reward_funcs[1] = lambda completions, **columns: [len(c[0]["content"]) / 1000 for c in completions]  # the base does not answer in form; lengths differ
         trainer.train()
     log = pd.DataFrame(trainer.state.log_history)
     log = log[log.reward.notna()][[c for c in log if not c.startswith(("train_", "step_time", "epoch", "total_flos"))]]
