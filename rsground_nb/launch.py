@@ -7,7 +7,7 @@ __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArgume
            'OneLineParser', 'parse_settings', 'plan', 'plan_line', 'load_rows', 'load_model', 'make_trainer',
            'kept_settings', 'is_finished', 'save_trained', 'train_command']
 
-# %% ../nbs/09c_launch.ipynb #826872bb
+# %% ../nbs/09c_launch.ipynb #7ba6e9f3
 import json
 import os
 import sys
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
@@ -174,7 +175,7 @@ def is_finished(
     if begun and not resume and any(out.glob("checkpoint-*")): raise ValueError(f"{out} holds checkpoints of this run: go on with --resume_from_checkpoint true, or choose another output_dir")
     return False
 
-# %% ../nbs/09c_launch.ipynb #44466fe2
+# %% ../nbs/09c_launch.ipynb #45646c6a
 def save_trained(
     trainer, processor,
     data: DataArguments, model: ModelConfig,
@@ -182,6 +183,7 @@ def save_trained(
     "`model` (adapter merged in), `adapter` with LoRA, and log.csv, in output_dir. Every process calls it."
     out, lora = Path(trainer.args.output_dir), model.use_peft
     trainer.save_model(str(out / ("adapter" if lora else "model")))
+    if trainer.is_deepspeed_enabled: unset_hf_deepspeed_config()  # the copy below is loaded whole, by one process
     if not trainer.is_world_process_zero(): return
     if lora: PeftModel.from_pretrained(load_model(data, model)[0], out / "adapter").merge_and_unload().save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
