@@ -7,11 +7,12 @@ __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArgume
            'OneLineParser', 'parse_settings', 'plan', 'plan_line', 'load_rows', 'load_model', 'make_trainer',
            'kept_settings', 'is_finished', 'save_trained', 'train_command']
 
-# %% ../nbs/09c_launch.ipynb #7ba6e9f3
+# %% ../nbs/09c_launch.ipynb #2bffbdaf
 import json
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -57,8 +58,8 @@ class ChainSFTConfig(SFTConfig):
     "SFTConfig without a limit of length: TRL's 1024 tokens would cut the answer after a large image, and say nothing."
     max_length: int | None = field(default=None, metadata={"help": "Longer rows are cut. none: no limit."})
 
-# %% ../nbs/09c_launch.ipynb #7e4232a3
-CONFIGS = Path(__file__).parent / "configs"
+# %% ../nbs/09c_launch.ipynb #7abff7f0
+CONFIGS = Path(str(files("rsground_nb"))) / "configs"
 STAGES = {"sft": (ChainArguments, ChainSFTConfig), "grpo": (RewardArguments, SpatialGRPOConfig)}
 
 class OneLineParser(TrlParser):

@@ -125,7 +125,7 @@ def two_steps(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("launch"), []
     with pytest.MonkeyPatch.context() as patch:
         launch_worker.known_rollouts(patch.setattr)
-        for stage, rows, more in (("sft", 8, []), ("grpo", 16, ["--model_name_or_path", str(folder / "sft-1" / "model"), "--max_completion_length", "24", "--temperature", "1.5"])):
+        for stage, rows, more in (("sft", 8, []), ("grpo", 16, ["--model_name_or_path", str(folder / "sft-1" / "model"), "--max_completion_length", "12", "--temperature", "1.5"])):
             words = [stage, "--config", f"tiny_{stage}.yaml", *SHORT, *more]
             assert main(["train", *words, "--output_dir", str(folder / f"{stage}-1"), "--per_device_train_batch_size", str(rows)]) == 0
             lines.append(" ".join([*words, "--per_device_train_batch_size", str(rows // 2)]))
