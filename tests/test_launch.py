@@ -15,9 +15,11 @@ from transformers import Qwen2_5_VLConfig
 
 import launch_worker
 import rsground_nb.launch as launch
+from rsground_nb.data import write_jsonl
 from rsground_nb.launch import CONFIGS, QWEN_3B, STAGES, is_finished, kept_settings, parse_settings, plan, plan_line
 from rsground_nb.model import load_vlm
 from rsground_nb.run import main
+from rsground_nb.scenes import scene_records
 
 TRAININGS = sorted(p for p in CONFIGS.glob("*.yaml"))
 LAUNCHERS = sorted(p for p in (CONFIGS / "accelerate").glob("*.yaml"))
@@ -88,7 +90,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
     ("grpo --config tiny_grpo.yaml", "model_name_or_path runs/tiny-sft/model: no folder with a model here"),
     ("grpo --config tiny_grpo.yaml --model_name_or_path tiny --third best", "unknown reward 'best'"),
     ("grpo --config tiny_grpo.yaml --num_generations 5", "divisible by num_generations"),
-    ("grpo --config tiny_grpo.yaml --model_name_or_path tiny --per_device_train_batch_size 4 --gradient_accumulation_steps 2", "share_prompt=False"),
+    ("grpo --config tiny_grpo.yaml --model_name_or_path tiny --per_device_train_batch_size 4 --gradient_accumulation_steps 2", "share_prompt="),
     ("grpo --config tiny_grpo.yaml --model_name_or_path tiny --use_vllm true", "vLLM is not available"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
@@ -121,21 +123,27 @@ def test_whose_folder_it_is(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """(folder, lines): SFT and GRPO of two steps, done in this process; and the words that do the same in two."""
+    """(folder, words, lines): SFT and GRPO of two steps on 24 rows, done in this process; the words of the first, and the lines that do the same in two."""
     folder, lines = tmp_path_factory.mktemp("launch"), []
+    (folder / "images").mkdir()
+    rows = list(scene_records(24, 0, 112, "train"))
+    for k, row in enumerate(rows):
+        (folder / "images" / f"{k}.png").write_bytes(row["image"]["bytes"])
+        row["image"] = str(folder / "images" / f"{k}.png")
+    data = ["--data", f"{folder}/rows.jsonl@{write_jsonl(rows, folder / 'rows.jsonl', folder / 'images')}"]
     with pytest.MonkeyPatch.context() as patch:
         launch_worker.known_rollouts(patch.setattr)
         for stage, rows, more in (("sft", 8, []), ("grpo", 16, ["--model_name_or_path", str(folder / "sft-1" / "model"), "--max_completion_length", "12", "--temperature", "1.5"])):
-            words = [stage, "--config", f"tiny_{stage}.yaml", *SHORT, *more]
+            words = [stage, "--config", f"tiny_{stage}.yaml", *SHORT, *data, *more]
             assert main(["train", *words, "--output_dir", str(folder / f"{stage}-1"), "--per_device_train_batch_size", str(rows)]) == 0
             lines.append(" ".join([*words, "--per_device_train_batch_size", str(rows // 2)]))
-    return folder, lines
+    return folder, ["train", "sft", "--config", "tiny_sft.yaml", *SHORT, *data, "--per_device_train_batch_size", "8"], lines
 
 
 @pytest.fixture(scope="module")
 def two_processes(two_steps):
     """(folder, what the processes wrote): the same trainings in two processes, with DDP and with FSDP2."""
-    folder, (sft, grpo) = two_steps
+    folder, _, (sft, grpo) = two_steps
     lines = [f"ddp {sft} --output_dir {folder}/sft-ddp", f"ddp {grpo} --output_dir {folder}/grpo-ddp", f"fsdp {sft} --output_dir {folder}/sft-fsdp",
              f"fsdp {grpo} --output_dir {folder}/grpo-fsdp --share_prompt false", f"fsdp {grpo} --output_dir {folder}/never"]
     (folder / "lines.txt").write_text("\n".join(lines))
@@ -147,7 +155,7 @@ def two_processes(two_steps):
 
 
 def test_training_moves_the_model_and_leaves_it_ready_to_use(two_steps):
-    folder, _ = two_steps
+    folder, _, _ = two_steps
     before, sft, grpo = load_vlm("tiny")[0].state_dict(), weights(folder / "sft-1"), weights(folder / "grpo-1")
     for one, other in ((before, sft), (sft, grpo)):
         moved = {name for name in other if (one[name] - other[name]).abs().max() > 1e-5}
@@ -157,8 +165,8 @@ def test_training_moves_the_model_and_leaves_it_ready_to_use(two_steps):
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(two_steps, capsys):
-    folder, _ = two_steps
-    words = ["train", "sft", "--config", "tiny_sft.yaml", *SHORT, "--output_dir", str(folder / "sft-1"), "--per_device_train_batch_size", "8"]
+    folder, words, _ = two_steps
+    words = [*words, "--output_dir", str(folder / "sft-1")]
     assert main(words) == 0 and "nothing to do" in capsys.readouterr().out
     assert main([*words, "--seed", "1"]) == 2 and "seed=0; this one has seed=1" in capsys.readouterr().err
 
@@ -174,12 +182,12 @@ def test_two_processes_give_the_weights_of_one(two_processes, stage, kind):
 def test_grpo_runs_under_fsdp_without_shared_prompts_only(two_processes):
     folder, said = two_processes
     assert apart(folder / "sft-1", folder / "grpo-fsdp") > 1e-5 and pd.read_csv(folder / "grpo-fsdp" / "log.csv").reward_std.iloc[0] > 0
-    assert "set share_prompt=False" in said and not (folder / "never" / "settings").exists()
+    assert "share_prompt=False" in said and not (folder / "never" / "settings").exists()
 
 
 def test_an_interrupted_training_goes_on_only_when_asked(two_steps, capsys):
-    folder, _ = two_steps
-    words = ["train", "sft", "--config", "tiny_sft.yaml", *SHORT, "--output_dir", str(folder / "sft-4"), "--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "1"]
+    folder, words, _ = two_steps
+    words = [*words, "--output_dir", str(folder / "sft-4"), "--save_strategy", "steps", "--save_steps", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "save_trained", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError): main(words)
