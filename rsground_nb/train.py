@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['grpo_rows', 'with_rivals', 'grpo_trainer', 'on_processes', 'train_grpo', 'grpo_stage', 'silent']
 
-# %% ../nbs/09b_train.ipynb #86585d31
+# %% ../nbs/09b_train.ipynb #7969a58a
 import os
-import time
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +18,10 @@ from datasets import Dataset
 from .boxes import Codec
 from .data import load_data
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import SPECIAL, adapt, codec_of, fingerprints, load_vlm, to_prompt
+from .model import SPECIAL, adapt, codec_of, load_vlm, to_prompt
 from .rewards import REWARD_WEIGHTS, make_rewards
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
-from .sft import save_stage, sft_stage
+from .sft import checkpoints, sft_stage, train_and_save
 
 # %% ../nbs/09b_train.ipynb #25e7a040
 def grpo_rows(
@@ -61,7 +62,7 @@ def grpo_trainer(
     return SpatialGRPOTrainer(model=model, reward_funcs=make_rewards(codec), args=SpatialGRPOConfig(**{**settings, **kwargs}), train_dataset=rows,
                               processing_class=processor, peft_config=adapt(model, scale.lora_rank))
 
-# %% ../nbs/09b_train.ipynb #71b72987
+# %% ../nbs/09b_train.ipynb #c95b0470
 def on_processes(
     count: int,
     work,        # function that can be imported; what it returns is lost if count > 1
@@ -84,12 +85,10 @@ def train_grpo(
     start(seed)
     model, processor = load_vlm(before, size.max_pixels)
     rows = grpo_rows(with_rivals(load_data(data, size, data_seed)[0]["train"], least=size.prompts_per_step))
-    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, folder / "trainer")
-    prints, began = fingerprints(trainer.model), time.time()
-    trainer.train()
-    if trainer.is_world_process_zero(): save_stage(trainer, processor, folder, prints, (time.time() - began) / 60)
+    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, folder / "trainer", **checkpoints(size.grpo_steps))
+    train_and_save(trainer, processor, folder, data=data, data_seed=data_seed, seed=seed, **asdict(size))
 
-# %% ../nbs/09b_train.ipynb #fa380386
+# %% ../nbs/09b_train.ipynb #c3f80de2
 def grpo_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder; this stage writes to `grpo` inside it
@@ -102,6 +101,7 @@ def grpo_stage(
     folder.mkdir(parents=True, exist_ok=True)
     on_processes(1 if torch.cuda.is_available() else size.processes, train_grpo, str(before), data, size, seed, seed, folder)
     finish_stage(folder, **settings)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
     return folder / "model"
 
 # %% ../nbs/09b_train.ipynb #b6529273
