@@ -56,12 +56,12 @@ class Start:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["rsground_nb.train"])
 
-    def __init__(self, name, out, work=work):
-        self.out, self.stage, self.began = Path(out), name.split("-")[0], time.time()
-        self.process = self.server.Process(target=work, args=(name, out, self.out / "words.txt"))
+    def __init__(self, name, out, work=work, words="words.txt", more=()):
+        self.out, self.stage, self.file, self.began = Path(out), name.split("-")[0], Path(out) / words, time.time()
+        self.process = self.server.Process(target=work, args=(name, self.out, self.file, *more))
         self.process.start()
 
-    def kill(self, alone):
+    def kill(self, alone=False):
         """SIGKILL. Returns when every process of the group is gone."""
         if alone: self.process.kill()
         else: os.killpg(self.process.pid, signal.SIGKILL)
@@ -73,8 +73,7 @@ class Start:
         kept = last_checkpoint(work)
         return dict(kept=step_of(kept), broken=any(not (p / "whole.json").exists() for p in work.glob("checkpoint-*")))
 
-    def words(self):
-        return (self.out / "words.txt").read_text()
+    def words(self): return self.file.read_text()
 
     def resumed_from(self):
         found = re.search(r"goes on after step (\d+)", self.words())
