@@ -23,7 +23,7 @@ setup(
     project_urls={"Source": cfg["git_url"]},
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["rsground_nb", "rsground_nb.*"]),
-    package_data={"rsground_nb": ["assets/*", "assets/*/*"]},
+    package_data={"rsground_nb": ["assets/*", "assets/*/*", "configs/*", "configs/*/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from .scale import get_scale
 
-# %% ../nbs/90_run.ipynb #9b348fb3
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "10_evaluate", "90_run"]
+# %% ../nbs/90_run.ipynb #8d58fddc
+CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "09c_launch", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -213,7 +213,7 @@ def cot_options(cot):
     cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
-# %% ../nbs/90_run.ipynb #d4a90d2d
+# %% ../nbs/90_run.ipynb #7fe65936
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
@@ -236,6 +236,8 @@ def parser():
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
     cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
+    train = commands.add_parser("train", help="train with your own settings, by TRL's names: from a YAML file, on one process or many").add_subparsers(dest="task", required=True, parser_class=Parser)
+    for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")): train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...]; rsground train {stage} --help lists all names")
     data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
     doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
@@ -404,15 +406,22 @@ def cot_command(args):
     if len(silent): print(f"{len(silent)} rows have no chain, for instance: {silent.iloc[0]}", file=sys.stderr)
     return int(len(silent) > 0)
 
-# %% ../nbs/90_run.ipynb #cd93b51b
+# %% ../nbs/90_run.ipynb #ec77519d
 def main(
     argv=None,  # list of words; default: the command line
 ) -> int:
     "Entry point of `rsground`."
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["train"] and words[1:2] in (["sft"], ["grpo"]):  # the rest is TRL's
+        from rsground_nb.launch import train_command
+        return train_command(words[1], words[2:])
+    args = parser().parse_args(words)
     if args.command == "run": return run_command(args)
     if args.command == "evaluate": return evaluate_command(args)
     if args.command == "cot": return cot_command(args)
     if args.task == "split": return split_command(args)
     from rsground_nb.doctor import doctor
     return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)
+
+# %% ../nbs/90_run.ipynb #5c60a231
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())  # not in a notebook
