@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'NEUTRAL', 'places', 'SharedPrompts', 'shared_attention', 'unwrapped', 'answers_only', 'share_attention',
            'places_in_picture', 'GrowingRollouts', 'draw_tokens', 'write_rollouts', 'score_rollouts', 'encode_images',
-           'accept_encoded', 'by_group', 'by_rollout', 'images_per_rollout', 'OncePerGroup', 'shared_parts',
-           'check_sharing', 'score_batch', 'SharedPromptTrainer']
+           'accept_encoded', 'keep_images', 'by_group', 'by_rollout', 'per_rollout', 'OncePerGroup', 'shared_parts',
+           'check_sharing', 'write_batch', 'score_batch', 'SharedPromptTrainer']
 
 # %% ../nbs/08b_rollouts.ipynb #0bbae9f4
 from functools import wraps
@@ -235,7 +235,19 @@ def accept_encoded(
         return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deeper)
     model.get_image_features = get_image_features
 
-# %% ../nbs/08b_rollouts.ipynb #63cd6b49
+# %% ../nbs/08b_rollouts.ipynb #763ecb62
+def keep_images(
+    model,         # with `accept_encoded`
+    fields: dict,  # of the processor
+    device,
+    constant: bool = True,  # False: another tower will see the images, too
+) -> dict:
+    "The fields with their images encoded if the tower is frozen, else with their pixels; on the device."
+    pixels, grid = (torch.as_tensor(fields[name]).to(device) for name in ("pixel_values", "image_grid_thw"))
+    frozen = constant and not any(p.requires_grad for p in unwrapped(model).base_model.visual.parameters())
+    return {**fields, "pixel_values": encode_images(model, pixels, grid) if frozen else pixels, "image_grid_thw": grid}
+
+# %% ../nbs/08b_rollouts.ipynb #48fd5fc8
 def by_group(
     batch: dict,  # as TRL makes it: rows of a group side by side, images once per group
     num_generations: int,
@@ -256,30 +268,33 @@ def by_rollout(
         return x.repeat_interleave(num_generations, 0) if name in ("prompt_ids", "prompt_mask", "mm_token_type_ids") else x.flatten(0, 1)
     return {name: unfold(name, x) for name, x in batch.items()}
 
-def images_per_rollout(
-    fields: dict,      # pixel_values and image_grid_thw, once per group; others stay as they are
-    num_images: list,  # of each group
+# %% ../nbs/08b_rollouts.ipynb #602bd12e
+def per_rollout(
+    fields: dict,     # of a processor that saw each group once: rows of tokens, pixel_values, image_grid_thw
+    images: list,     # of each group, a list of its images or None
     num_generations: int,
+    repeat_images: bool = True,
 ) -> dict:
-    "The fields with each group's images num_generations times, as TRL lays them out."
-    if "pixel_values" not in fields: return fields
-    grid, first = torch.as_tensor(fields["image_grid_thw"]), [0, *accumulate(num_images)]
+    "The fields as TRL lays them out: each group's rows num_generations times side by side, and its images, too, if so wished."
+    once = ("pixel_values", "image_grid_thw")
+    repeat = lambda rows: [row for row in rows for _ in range(num_generations)] if isinstance(rows, list) else rows.repeat_interleave(num_generations, 0)
+    found = {name: x if name in once else repeat(x) for name, x in fields.items()}
+    if not repeat_images or once[0] not in fields: return found
+    pixels, grid = (torch.as_tensor(fields[name]) for name in once)
+    first, pixels = [0, *accumulate(len(i or ()) for i in images)], pixels.split(grid.prod(1).tolist())
     order = [k for start, end in zip(first, first[1:]) for _ in range(num_generations) for k in range(start, end)]
-    pixels = torch.as_tensor(fields["pixel_values"]).split(grid.prod(1).tolist())
-    return {**fields, "pixel_values": torch.cat([pixels[k] for k in order]), "image_grid_thw": grid[order]}
+    return {**found, "pixel_values": torch.cat([pixels[k] for k in order]), "image_grid_thw": grid[order]}
 
 class OncePerGroup:
-    "A processor that is shown a prompt and its image once per group. Rows of tokens come out once per rollout; images, too, if so wished. What lies in `kept` is not computed again."
+    "A processor that is shown a prompt and its image once per group and answers as `per_rollout`. What lies in `kept` is not computed again."
 
-    def __init__(self, processor, num_generations, repeat_images=False): self.processor, self.num_generations, self.repeat_images, self.kept = processor, num_generations, repeat_images, None
+    def __init__(self, processor, num_generations, repeat_images): self.processor, self.num_generations, self.repeat_images, self.kept = processor, num_generations, repeat_images, None
 
     def __getattr__(self, name): return getattr(self.processor, name)
 
     def __call__(self, images, text, **kwargs):
         images, size = images[::self.num_generations], self.num_generations
-        found = self.kept or self.processor(images=images, text=text[::size], **kwargs)
-        found = {name: x if name in ("pixel_values", "image_grid_thw") else x.repeat_interleave(size, 0) for name, x in found.items()}
-        return images_per_rollout(found, [len(i or ()) for i in images], size) if self.repeat_images else found
+        return per_rollout(self.kept or self.processor(images=images, text=text[::size], **kwargs), images, size, self.repeat_images)
 
 # %% ../nbs/08b_rollouts.ipynb #c5915875
 SHARED = {"image": "processed and encoded once per group and step", "prefill": "a prompt is computed once to write its rollouts", "loss": "and once in each pass that scores them"}
@@ -309,7 +324,22 @@ def check_sharing(
     odd = {name: value for name, allowed in NEUTRAL.items() if (value := trainer.generation_kwargs.get(name)) not in allowed}
     if odd: raise ValueError(f"shared prompts draw by temperature and suppress_tokens only, the settings say {odd}: leave them out or {without('prefill')}")
 
-# %% ../nbs/08b_rollouts.ipynb #f5d8d478
+# %% ../nbs/08b_rollouts.ipynb #32c56d07
+def write_batch(
+    model,
+    prompt_ids: list,  # tokens of the prompt of every rollout
+    fields: dict,      # mm_token_type_ids, pixel_values, image_grid_thw; once per group
+    num_generations: int,
+    rules: dict,       # of generation: max_new_tokens, suppress_tokens, temperature, do_sample
+    eos, device,
+) -> list:
+    "The tokens of every rollout, from prompts as TRL holds them."
+    prompts = [torch.tensor(row, device=device) for row in prompt_ids[::num_generations]]
+    types = [torch.tensor(row, device=device) for row in fields["mm_token_type_ids"]] if "mm_token_type_ids" in fields else [torch.zeros_like(p) for p in prompts]
+    pictures = [torch.as_tensor(fields[name]).to(device) if name in fields else None for name in ("pixel_values", "image_grid_thw")]
+    made = write_rollouts(model, prompts, num_generations, types, *pictures, max_new_tokens=rules["max_new_tokens"], eos=eos, suppress=rules["suppress_tokens"] or (), temperature=rules["temperature"], do_sample=rules["do_sample"])
+    return [row.tolist() for row in made]
+
 def score_batch(
     model,
     input_ids: torch.Tensor,       # (rollouts, tokens): prompt padded on the left, rollout on the right
@@ -333,7 +363,7 @@ def score_batch(
     whole = lambda tables: None if tables[0] is None else torch.cat([F.pad(x, (0, logits_to_keep - x.shape[1])) for x in tables])
     return tuple(map(whole, zip(*parts)))
 
-# %% ../nbs/08b_rollouts.ipynb #f620a05b
+# %% ../nbs/08b_rollouts.ipynb #326fb375
 class SharedPromptTrainer(GRPOTrainer):
     "TRL's GRPO with what `args.share_prompt` says (True, False, or names of SHARED) computed once per group; False is TRL's own way to the bit. Raises ValueError where sharing is ruled out."
 
@@ -359,37 +389,21 @@ class SharedPromptTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts):
         if not self.shared: return super()._tokenize_prompts(prompts)
-        size = self._group_size
+        size, repeat = self._group_size, lambda rows: rows and [row for row in rows for _ in range(size)]
         ids, images, fields = super()._tokenize_prompts(prompts[::size])
         if "image" in self.shared and images:
-            fields = self._encoded(fields)
+            with self.accelerator.autocast(): fields = keep_images(self.model, fields, self.accelerator.device, constant=self.ref_model is None)
             self.processing_class.kept = {name: pad([torch.tensor(row) for row in x], padding_side="left") if isinstance(x, list) else x for name, x in fields.items()}
-        repeat = lambda rows: rows and [row for row in rows for _ in range(size)]
-        if "prefill" not in self.shared: fields = {name: repeat(x) if isinstance(x, list) else x for name, x in images_per_rollout(fields, [len(i or ()) for i in images or ids], size).items()}
-        return repeat(ids), repeat(images), fields  # once per group for _generate_single_turn
-
-    def _encoded(self, fields):
-        pixels, grid = (torch.as_tensor(fields[name]).to(self.accelerator.device) for name in ("pixel_values", "image_grid_thw"))
-        tower = unwrapped(self.model).base_model.visual
-        if self.ref_model is None and not any(p.requires_grad for p in tower.parameters()):  # else its output is no constant, or not that of both models
-            with self.accelerator.autocast(): pixels = encode_images(self.model, pixels, grid)
-        return {**fields, "pixel_values": pixels, "image_grid_thw": grid}
+        return repeat(ids), repeat(images), fields if "prefill" in self.shared else per_rollout(fields, images, size)
 
     def _generate_single_turn(self, prompt_ids, images, fields, num_generations, **kwargs):
         if "prefill" not in self.shared or self.use_vllm or self.use_transformers_continuous_batching: return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
-        device, rules = self.accelerator.device, self.generation_kwargs
-        prompts = [torch.tensor(row, device=device) for row in prompt_ids[::num_generations]]
-        types = [torch.tensor(row, device=device) for row in fields["mm_token_type_ids"]] if "mm_token_type_ids" in fields else [torch.zeros_like(p) for p in prompts]
-        pictures = [torch.as_tensor(fields[name]).to(device) if name in fields else None for name in ("pixel_values", "image_grid_thw")]
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as model:
-            made = write_rollouts(model, prompts, num_generations, types, *pictures, max_new_tokens=rules["max_new_tokens"], eos=self.eos_token_ids, suppress=rules["suppress_tokens"] or (), temperature=rules["temperature"], do_sample=rules["do_sample"])
-        return [row.tolist() for row in made], None
+            return write_batch(model, prompt_ids, fields, num_generations, self.generation_kwargs, self.eos_token_ids, self.accelerator.device), None
 
-    def _compute_loss(self, model, inputs):
-        return super()._compute_loss(model, by_rollout(inputs) if "loss" in self.shared else inputs)
+    def _compute_loss(self, model, inputs): return super()._compute_loss(model, by_rollout(inputs) if "loss" in self.shared else inputs)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, **fields):
         if "loss" not in self.shared: return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields)
-        with self.accelerator.autocast():
-            used = {name: fields.get(name) for name in ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")}
-            return *score_batch(model, input_ids, attention_mask, logits_to_keep, self._group_size, batch_size or len(input_ids), **used), None
+        used = {name: fields.get(name) for name in ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")}
+        with self.accelerator.autocast(): return *score_batch(model, input_ids, attention_mask, logits_to_keep, self._group_size, batch_size or len(input_ids), **used), None

@@ -10,7 +10,7 @@ A step is everything between two optimiser steps: images, prompts, rollouts, rew
 with one trainer grows in its first step beyond what it held before (resident memory; on a GPU, what PyTorch allocated). The tiny shape is the shipped model: patches of 16 px, one token each.
 """
 import argparse
-import resource
+import gc
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 from datasets import disable_progress_bar
 from scipy.stats import t
@@ -101,17 +100,22 @@ def trainer_of(way, o, tokens, generations, folder):
 
 
 def peak(o):
-    """MiB by which this process grows in one step of its only trainer. The first trainer, on a small picture, takes what libraries keep for good."""
+    """MiB by which this process grows in one step of its only trainer. A step on a small picture goes before and takes what libraries keep for good."""
     with tempfile.TemporaryDirectory() as folder:
         trainer_of("stock", o, 16, 2, folder)[0].train()
         trainer, _ = trainer_of(o.peak, o, o.tokens[0], o.generations[0], folder)
+        gc.collect()
         if o.device == "cuda":
             torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
             trainer.train()
             return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-        before = psutil.Process().memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest resident size counts from here
+        before = resident("VmRSS")
         trainer.train()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2 ** 20
+        return (resident("VmHWM") - before) / 1024
+
+
+def resident(name): return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])  # kB
 
 
 def compare(o, tokens, generations):

@@ -21,7 +21,7 @@ import rsground_nb.rollouts
 import rsground_nb.train
 from rsground_nb.data import load_data
 from rsground_nb.model import REASON, codec_of, load_tiny, load_vlm, lora_config, to_prompt
-from rsground_nb.rollouts import accept_encoded, by_group, by_rollout, draw_tokens, encode_images, images_per_rollout, score_rollouts, share_attention, write_rollouts
+from rsground_nb.rollouts import accept_encoded, by_group, by_rollout, draw_tokens, encode_images, per_rollout, score_rollouts, share_attention, write_rollouts
 from rsground_nb.scale import get_scale, start
 from rsground_nb.train import grpo_rows, grpo_trainer
 
@@ -93,7 +93,7 @@ def test_same_tokens_as_generate(kind):
     encoded = encode_images(model, *once[-2:])
     assert encoded.shape[:2] == (len(once[-2]), 3 if kind == "deep" else 1)
     assert all(map(torch.equal, write_rollouts(model, *once[:3], encoded, once[-1], **how, do_sample=False), greedy))
-    for images in (many, images_per_rollout(dict(pixel_values=encoded, image_grid_thw=once[-1]), [1] * 4, G)):  # the usual way still works, and takes encoded images, too
+    for images in (many, per_rollout(dict(pixel_values=encoded, image_grid_thw=once[-1]), [[0]] * 4, G)):  # the usual way still works, and takes encoded images, too
         assert all(map(torch.equal, generated(model, {**many, **images}, do_sample=False, eos_token_id=ends, suppress_tokens=blocked), greedy))
 
 
