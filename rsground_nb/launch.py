@@ -7,7 +7,7 @@ __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArgume
            'OneLineParser', 'parse_settings', 'plan', 'plan_line', 'load_rows', 'load_model', 'make_trainer',
            'kept_settings', 'is_finished', 'save_trained', 'train_command']
 
-# %% ../nbs/09c_launch.ipynb #2bffbdaf
+# %% ../nbs/09c_launch.ipynb #f8f345ec
 import json
 import os
 import sys
@@ -29,6 +29,7 @@ from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
 from .model import SPECIAL, codec_of, load_vlm, lora_config, memory_plan
 from .rewards import REWARD_WEIGHTS, make_rewards
 from .scale import finish_stage, get_scale, stage_ready, start
+from .sft import Safeguard, catch_up, last_checkpoint
 from .synthesis import load_chains, synthesise
 from .train import grpo_rows, with_rivals
 
@@ -155,7 +156,7 @@ def make_trainer(
         raise ValueError("the launcher's file asks for sharding, but accelerate shards on GPUs only and would train without: take cpu_2.yaml on a CPU")
     return trainer, processor
 
-# %% ../nbs/09c_launch.ipynb #3c481b60
+# %% ../nbs/09c_launch.ipynb #4e7d71f8
 FREE = ("output_dir", "resume_from_checkpoint", "logging_", "log_", "save_", "hub_", "push_to_hub", "report_to", "disable_tqdm", "run_name", "project", "trackio_")  # names, or how they begin
 
 def kept_settings(data: DataArguments, training: SFTConfig, model: ModelConfig) -> dict:
@@ -168,15 +169,16 @@ def is_finished(
     settings: dict,    # of kept_settings
     resume,            # resume_from_checkpoint
 ) -> bool:
-    "True if `out` holds this very run, finished. Raises ValueError if it holds something else, or checkpoints that the call does not go on from."
+    "True if `out` holds this very run, finished. Raises ValueError if it holds something else, checkpoints that the call does not go on from, or none to go on from."
     out = Path(out)
     if stage_ready(out, **settings): return True
     begun = stage_ready(out / "settings", **settings)
     if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} is not an empty folder and holds no run of rsground train: choose another output_dir")
-    if begun and not resume and any(out.glob("checkpoint-*")): raise ValueError(f"{out} holds checkpoints of this run: go on with --resume_from_checkpoint true, or choose another output_dir")
+    if begun and not resume and last_checkpoint(out): raise ValueError(f"{out} holds checkpoints of this run: go on with --resume_from_checkpoint true, or choose another output_dir")
+    if resume is True and not last_checkpoint(out): raise ValueError(f"{out} holds no whole checkpoint: leave resume_from_checkpoint out")
     return False
 
-# %% ../nbs/09c_launch.ipynb #45646c6a
+# %% ../nbs/09c_launch.ipynb #2a014428
 def save_trained(
     trainer, processor,
     data: DataArguments, model: ModelConfig,
@@ -208,7 +210,11 @@ def train_command(
         if first: print(f"{out} holds this run, finished: nothing to do")
         return 0
     if first: finish_stage(out / "settings", **settings)  # begun
-    try: trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    found = last_checkpoint(out) if resume is True else Path(resume) if resume else None
+    trainer.add_callback(Safeguard())
+    catch_up(trainer, found)
+    try: trainer.train(resume_from_checkpoint=str(found) if found else None)
     except KeyboardInterrupt:
         if first: print(f"\nrsground: interrupted; the same command with --resume_from_checkpoint true goes on from the last checkpoint in {out}", file=sys.stderr)
         return 130

@@ -85,6 +85,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
     ("sft --dataset_name scenes", "--max_pixels"),
     ("sft --config tiny_sft.yaml --use_cpu false --bf16 true", "use_cpu"),
     ("sft --config tiny_sft.yaml --chains no/chains", "no/chains is not a finished folder of chains"),
+    ("sft --config tiny_sft.yaml --resume_from_checkpoint true", "holds no whole checkpoint"),
     ("sft --config tiny_sft.yaml --split prod", "no split 'prod': use one of train, val, test"),
     ("sft --config tiny_sft.yaml --data no/such/folder", "no/such/folder is not a folder"),
     ("grpo --config tiny_grpo.yaml", "model_name_or_path runs/tiny-sft/model: no folder with a model here"),
@@ -113,7 +114,7 @@ def test_a_launcher_that_asks_for_sharding_on_a_cpu_is_refused(tmp_path, monkeyp
 def test_whose_folder_it_is(tmp_path):
     data, training, model = parsed(CONFIGS / "tiny_sft.yaml")
     settings = kept_settings(data, training, model)
-    again = kept_settings(*parsed(CONFIGS / "tiny_sft.yaml", "--logging_steps", "7", "--output_dir", "elsewhere", "--resume_from_checkpoint", "true", "--save_steps", "3"))
+    again = kept_settings(*parsed(CONFIGS / "tiny_sft.yaml", "--logging_steps", "7", "--output_dir", "elsewhere", "--resume_from_checkpoint", "some/checkpoint", "--save_steps", "3"))
     assert settings == again, "what changes no weight may differ"
     for words in (["--learning_rate", "1e-3"], ["--seed", "1"], ["--lora_r", "8"], ["--max_pixels", "3136"]): assert kept_settings(*parsed(CONFIGS / "tiny_sft.yaml", *words)) != settings
     assert not is_finished(tmp_path / "new", settings, None)
@@ -191,7 +192,7 @@ def test_an_interrupted_training_goes_on_only_when_asked(two_steps, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "save_trained", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError): main(words)
-    (folder / "sft-4" / "checkpoint-2").rename(folder / "never-was")
+    assert [p.name for p in (folder / "sft-4").glob("checkpoint-*")] == ["checkpoint-1"]
     assert main(words) == 2 and "--resume_from_checkpoint true" in capsys.readouterr().err
     assert main([*words, "--resume_from_checkpoint", "true"]) == 0
     assert apart(folder / "sft-1", folder / "sft-4") < 1e-6 and len(pd.read_csv(folder / "sft-4" / "log.csv")) == 2
