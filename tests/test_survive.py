@@ -30,9 +30,10 @@ def iou_reward(completions, **columns): return [len(set(answer[0]["content"])) /
 def train(stage, folder, size=SIZE, seed=0, reward=iou_reward):
     """A short training of a stage, without the stages before it. An epoch is six steps."""
     if stage == "grpo":
-        rsground_nb.train.make_rewards = lambda codec: [reward]
-        rsground_nb.train.REWARD_WEIGHTS = [1.0]
-        return train_grpo("tiny", "scenes", size, 0, seed, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rsground_nb.train, "make_rewards", lambda codec: [reward])
+            patch.setattr(rsground_nb.train, "REWARD_WEIGHTS", [1.0])
+            return train_grpo("tiny", "scenes", size, 0, seed, folder)
     start(seed)
     model, processor = load_vlm("tiny")
     chains, _ = synthesise(load_data("scenes", size, 0)[0]["train"], codec_of(model.config.model_type, processor))
