@@ -104,7 +104,7 @@ class Safeguard(TrainerCallback):
         mark.with_suffix(".partial").write_text(json.dumps(dict(minutes=self.minutes_so_far())))
         mark.with_suffix(".partial").replace(mark)
 
-# %% ../nbs/06_sft.ipynb #b86af9a9
+# %% ../nbs/06_sft.ipynb #50ea0b77
 def catch_up(
     trainer,                   # SFT or GRPO
     checkpoint: Path | None,   # None: from the beginning
@@ -142,9 +142,9 @@ def train_and_save(
         trainer.train(resume_from_checkpoint=str(found) if found else None)
         if first: save_stage(trainer, processor, folder, before, guard.minutes_so_far())
     except (Exception, KeyboardInterrupt) as problem:
-        kept = last_checkpoint(work)
-        said = (f"{folder.name} stopped after step {trainer.state.global_step} of {steps}: {type(problem).__name__}: {problem}. {'Step ' + kept.name.split('-')[1] if kept else 'No step'} is kept in {work}, "
-                f"where {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free. With the cause mended, the same call (or rsground run --resume) goes on from there")
+        kept, free = last_checkpoint(work), shutil.disk_usage(folder).free / 1e6
+        said = (f"{folder.name} stopped after step {trainer.state.global_step} of {steps}: {type(problem).__name__}: {problem}. {'The disk is full. ' if free < 1 else ''}"
+                f"{'Step ' + kept.name.split('-')[1] if kept else 'No step'} is kept in {work}, where {free:,.0f} MB are free. With the cause mended, the same call (or rsground run --resume) goes on from there")
         if isinstance(problem, Exception): raise RuntimeError(said) from problem
         print(said, flush=True)
         raise

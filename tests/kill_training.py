@@ -4,7 +4,8 @@
 
 A line of the table is one start of a stage. `signal` is what was killed: the whole process group, the starting process alone, or nothing (the start reached the end). One start in five is
 killed in its first eight seconds, which may be before it trains; the others up to half a second after a step drawn from the next third of the training has been kept. `seconds` count from the
-start of the process; `kept` is the last whole checkpoint at the kill, `broken` says that another one was being written; `resumed_from` is the step that the start went on from. At the end of a training `equal_weights` and `columns_differ` compare it with the uninterrupted one: model, adapter and weights.csv byte by byte, log.csv column by column, times left out.
+start of the process; `kept` is the last whole checkpoint at the kill, `broken` says that another one was being written; `resumed_from` is the step that the start
+went on from, 0 if it began from the beginning or was killed before it came to train. At the end of a training `equal_weights` and `columns_differ` compare it with the uninterrupted one: model, adapter and weights.csv byte by byte, log.csv column by column, times left out.
 """
 import argparse
 import multiprocessing

@@ -1,5 +1,6 @@
 """Both trainers on a few steps: what moves, what must not move, and the same numbers for the same seed."""
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,4 +93,6 @@ def test_work_is_done_here_or_by_several_processes(tmp_path):
 
 
 def test_a_process_that_fails_is_not_passed_over(tmp_path):
-    with pytest.raises(Exception, match="no room left"): on_processes(2, fail, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="process . of 2: OSError: no room left"): on_processes(2, fail, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before  # else Ctrl-C would not be Ctrl-C any more
