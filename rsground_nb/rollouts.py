@@ -56,7 +56,7 @@ class SharedPrompts:
         look = lambda own, real, seen, **how: F.scaled_dot_product_attention(pick(query, own), pick(key, seen), pick(value, seen), scale=scaling, enable_gqa=query.shape[1] != key.shape[1], **how).transpose(1, 2)[real]
         return torch.cat([look(self.prefix, self.prefix_real, self.prefix, is_causal=True), *(look(own, real, seen, attn_mask=mask) for own, real, seen, mask in self.blocks)])[self.back]
 
-# %% ../nbs/08b_rollouts.ipynb #4fb76f9d
+# %% ../nbs/08b_rollouts.ipynb #60b0d698
 def shared_attention(module, query, key, value, attention_mask, scaling=None, shared=None, **kwargs):
     "Attention function for transformers: `shared` (given to the model's forward) decides who sees whom; without it, the usual sdpa."
     if shared is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -65,7 +65,6 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, sh
 AttentionInterface.register("shared_prompt", shared_attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
-# %% ../nbs/08b_rollouts.ipynb #1dd84140
 def unwrapped(
     model,  # of a Qwen-VL class, perhaps inside LoRA and the wrapper of several processes
 ):
@@ -209,7 +208,7 @@ def score_rollouts(
     table = lambda x: x.new_zeros(len(lengths), int(lengths.max())).index_put((row, column), x[0, len(labels) - len(row):])
     return table(found.log_probs), None if found.entropy is None else table(found.entropy)
 
-# %% ../nbs/08b_rollouts.ipynb #e84f0d39
+# %% ../nbs/08b_rollouts.ipynb #6e71d536
 def encode_images(
     model,         # with `accept_encoded`
     pixel_values,  # (patches, numbers of a patch), of all images
@@ -235,7 +234,6 @@ def accept_encoded(
         return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deeper)
     model.get_image_features = get_image_features
 
-# %% ../nbs/08b_rollouts.ipynb #763ecb62
 def keep_images(
     model,         # with `accept_encoded`
     fields: dict,  # of the processor

@@ -1,6 +1,7 @@
 """Whole GRPO steps: trl.GRPOTrainer against SharedPromptTrainer (chapter 08b), in one process, taking turns, on the same questions from the same seed.
 
-    python tests/benchmark_step.py [--tokens 64 256 900 --generations 4 8 16 --ways all image prefill loss --rounds 6 --prompts 2]   about 25 minutes on one core
+    python tests/benchmark_step.py --prompts 4 --tokens 64 256 --generations 8         about 4 minutes of one core; --generations 4 16 --ways all --rounds 4: 4 more
+    python tests/benchmark_step.py --prompts 2 --tokens 900 --rounds 5 --generations 8  about 4; --generations 4 16 --ways all: 4 more (these four made the table)
     python tests/benchmark_step.py --model RUN/sft/model --ways all      completions end where the model ends them (a workshop run's CoT-SFT model)
     python tests/benchmark_step.py --device cuda --shape 3b --ways all   Qwen2.5-VL-3B with random weights, LoRA of rank 64, bfloat16, activation checkpointing. NOT RUN BY US: we had no GPU.
 
