@@ -31,7 +31,7 @@ class SpatialGRPOConfig(GRPOConfig):
     lambda_var: float = field(default=1.0, metadata={"help": "Of the paper's weight: factor of the variance of IoU in the exponent."})
     lowest_weight: float = field(default=0.5, metadata={"help": "Lower limit of the paper's weight."})
     highest_weight: float = field(default=3.0, metadata={"help": "Upper limit of the paper's weight."})
-    share_prompt: bool = field(default=True, metadata={"help": "Compute prompt and image once per group instead of once per rollout (chapter 08b). False is TRL's own way."})
+    share_prompt: bool = field(default=True, metadata={"help": "Compute prompt and image once per group instead of once per rollout (chapter 08b). False is TRL's own way; from Python also some of ('image', 'prefill', 'loss')."})
     patience_without_signal: int = field(default=100, metadata={"help": "Stop after so many steps in a row in which no group had two different rewards; 0: never."})
     highest_truncated: float = field(default=1.0, metadata={"help": "Stop if more than this share of a step's completions was cut at max_completion_length; 1: never."})
     check_gradients: bool = field(default=True, metadata={"help": "Stop if the first step leaves a trainable parameter without gradient."})
