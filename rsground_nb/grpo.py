@@ -18,14 +18,14 @@ from .consistency import group_statistics, lead_weight, paper_weight, seed_weigh
 from .rewards import parsed, text_of
 from .rollouts import SharedPromptTrainer
 
-# %% ../nbs/09_grpo.ipynb #10c89352
+# %% ../nbs/09_grpo.ipynb #db7ab464
 WEIGHTS = {"paper": paper_weight, "lead": lead_weight, "seed": seed_weight}
 
 @dataclass
 class SpatialGRPOConfig(GRPOConfig):
     "GRPOConfig with the consistency weight of the paper, section 3.4 [2nd], and guards [ours]. `consistency=False` is plain GRPO; no guard changes a number. Raises ValueError for settings that contradict each other."
     consistency: bool = field(default=True, metadata={"help": "Weight each question's loss by its rollouts."})
-    weighting: str = field(default="paper", metadata={"help": "Which weight of chapter 08: paper, lead (GRPO-LEAD) or seed (SEED-GRPO)."})
+    weighting: str = field(default="paper", metadata={"help": "Which weight of chapter 08: paper, lead (GRPO-LEAD's for good answers, here for all) or seed (SEED-GRPO)."})
     weight_scope: str = field(default="advantages", metadata={"help": "What is scaled: `advantages`, or the `loss` with its KL term. The same where there is no KL term."})
     lambda_mean: float = field(default=1.2, metadata={"help": "Of the paper's weight: factor of 1 - mean IoU in the exponent."})
     lambda_var: float = field(default=1.0, metadata={"help": "Of the paper's weight: factor of the variance of IoU in the exponent."})

@@ -156,7 +156,7 @@ def gallery(out, data, scale, seed, count=12):
         cards.append({**prediction, "picture": as_data_url(picture), "thinking": parse_completion(prediction["answer"]).thinking})
     return judged, cards
 
-# %% ../nbs/90_run.ipynb #4b2863ae
+# %% ../nbs/90_run.ipynb #c17dad00
 def verdict(stages):
     "One honest sentence about stages.csv: is the last model better than a guess that looks at nothing?"
     rows = stages.set_index("stage")
@@ -183,7 +183,7 @@ def write_report(
         "report.html", run=run, cards=cards, judged=judged, verdict=verdict(stages), silent=silent(grpo),
         titles={name: title_of(name) for name in run["chapters"]}, metrics=pd.read_csv(out / "metrics.csv").to_dict("records"), stages=stages.to_dict("records"),
         sft_curve=as_data_url(curves(sft, {"loss": "loss"}, "nats per token")), reward_curve=as_data_url(curves(grpo, rewards, "mean reward")),
-        weight_curve=as_data_url(curves(grpo, {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "share of silent groups"}, "")))
+        weight_curve=as_data_url(curves(grpo, {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "without spread of rewards"}, "")))
     Path(path).write_text(page, encoding="utf-8")
 
 def title_of(name):

@@ -26,7 +26,7 @@ from .model import adapt, codec_of, fingerprints, load_vlm
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .synthesis import chain_stage, load_chains
 
-# %% ../nbs/06_sft.ipynb #1761ba89
+# %% ../nbs/06_sft.ipynb #079f76f6
 def sft_trainer(
     model, processor,
     chains: Dataset,     # of `synthesis.load_chains`: prompt, image, completion
@@ -43,8 +43,10 @@ def sft_trainer(
         learning_rate=scale.sft_learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, scale.sft_steps // 20), logging_steps=max(1, scale.sft_steps // 20), save_strategy="no", report_to="none",
         max_length=None, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu, seed=seed)
-    return SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
-                      processing_class=processor, peft_config=adapt(model, scale.lora_rank))
+    trainer = SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
+                         processing_class=processor, peft_config=adapt(model, scale.lora_rank))
+    trainer.model_accepts_loss_kwargs = trainer.args.gradient_accumulation_steps > 1  # then TRL's loss divides by the tokens of the whole step, not of each pass (chapter 09c)
+    return trainer
 
 # %% ../nbs/06_sft.ipynb #c8d73e9c
 def save_stage(trainer, processor, folder, before, minutes):

@@ -135,9 +135,9 @@ def grpo_stage(
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return folder / "model"
 
-# %% ../nbs/09b_train.ipynb #b6529273
+# %% ../nbs/09b_train.ipynb #8e88f008
 def silent(
     log: pd.DataFrame,  # grpo/log.csv
 ) -> bool:
-    "True if no group of rollouts in the whole run differed in reward, so that nothing can have been learned."
-    return bool((log["frac_reward_zero_std"] == 1).all())
+    "True if no step of the whole run had a gradient, because no two rollouts of a question differed in reward: nothing can have been learned."
+    return bool((log["grad_norm"] == 0).all())
