@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['grpo_rows', 'with_rivals', 'watched', 'grpo_trainer', 'on_processes', 'train_grpo', 'grpo_stage', 'silent']
 
-# %% ../nbs/09b_train.ipynb #5ff234ea
+# %% ../nbs/09b_train.ipynb #a40d30fe
 import functools
+import importlib
 import math
 import os
 import shutil
@@ -119,7 +120,7 @@ def train_grpo(
     trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, folder / "trainer", **checkpoints(size.grpo_steps))
     train_and_save(trainer, processor, folder, data=data, data_seed=data_seed, seed=seed, **asdict(size))
 
-# %% ../nbs/09b_train.ipynb #a691d999
+# %% ../nbs/09b_train.ipynb #04857787
 def grpo_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder; this stage writes to `grpo` inside it
@@ -130,7 +131,8 @@ def grpo_stage(
     if stage_ready(folder, **settings): return folder / "model"
     check_folder(folder)
     size, before = get_scale(scale), sft_stage(data, scale, seed, out)
-    on_processes(1 if torch.cuda.is_available() else size.processes, train_grpo, str(before), data, size, seed, seed, folder)
+    work = importlib.import_module("rsground_nb.train").train_grpo  # by its module's name: other processes cannot find what a notebook defines
+    on_processes(1 if torch.cuda.is_available() else size.processes, work, str(before), data, size, seed, seed, folder)
     finish_stage(folder, **settings)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return folder / "model"

@@ -1,11 +1,15 @@
 """Both trainers on a few steps: what moves, what must not move, and the same numbers for the same seed."""
 import os
+import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+
+from conftest import ROOT
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
@@ -96,3 +100,15 @@ def test_a_process_that_fails_is_not_passed_over(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="process . of 2: OSError: no room left"): on_processes(2, fail, tmp_path)
     assert signal.getsignal(signal.SIGINT) is before  # else Ctrl-C would not be Ctrl-C any more
+
+
+def test_in_a_notebook_other_processes_get_the_function_of_the_module(tmp_path):
+    """What a notebook defines belongs to `__main__`, where a started process does not find it."""
+    page = {"__name__": "__main__"}
+    for cell in nbformat.read(ROOT / "nbs" / "09b_train.ipynb", 4).cells:
+        if cell.source.startswith("#| export"): exec(cell.source, page)
+    given = []
+    page |= dict(sft_stage=lambda *stage: tmp_path, on_processes=lambda count, work, *rest: given.append((count, work)))
+    page["grpo_stage"]("scenes", "workshop", 0, tmp_path)
+    (count, work), = given
+    assert page["train_grpo"].__module__ == "__main__" and count > 1 and pickle.loads(pickle.dumps(work)).__module__ == "rsground_nb.train"
