@@ -5,10 +5,11 @@
 
 RUN is the folder of a workshop run with seed 0 (`rsground run --scale workshop --out RUN`, or chapters 06 and 09; this script makes what is missing). CoT-SFT has seed 0; GRPO starts from it with
 --grpo-seed (0 is the run's own). Rows of the stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. The gain of GRPO over
-all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. Sets of questions:
+all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. After three seeds, --average judges the mean of their weights. Sets of questions:
 
 names      "the red ship", two to six objects of 10 to 40 % of the side (what pretraining asks)
 referring  words of position, size or relation, and at least one more object of the same category (what it never asks)
+mixed      the test split of the workshop data: all kinds of expressions, as in training; seed 0, other scenes
 """
 import argparse
 import fcntl
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from scipy.stats import sem, t
 
-from rsground_nb.data import to_dataset
+from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
 from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
 from rsground_nb.pretrain import name_quiz
@@ -78,6 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--grpo-seed", type=int, default=0)
+    parser.add_argument("--average", action="store_true", help="no training: the mean of the weights of seeds 0, 1 and 2")
     parser.add_argument("--count", type=int, default=512)
     options = parser.parse_args()
     size, seed = get_scale("workshop"), options.grpo_seed
@@ -88,28 +91,47 @@ def main():
     for name, test, train in (("names", named, names(2000, 0)), ("referring", rows, referring(2000, 0, "train"))):
         table += [judged(name, stage, 0, found) for stage, found in without_model(train, test).items()]
     add_rows(table)
-    if options.run: train_and_judge(options.run, seed, size, rows, base)
+    if options.run and options.average: average_and_judge(options.run, size, rows)
+    elif options.run: train_and_judge(options.run, seed, size, rows, base)
     print(pd.read_csv(TABLE).to_string(index=False))
 
 
 def train_and_judge(run, seed, size, rows, base):
     """CoT-SFT, then GRPO with a seed of its own, each judged against the stage before."""
-    learned = sft_stage("scenes", "workshop", 0, run)
-    sft = answers(learned, rows, REASON, size.max_completion_length)
-    add_rows([judged("referring", "CoT-SFT", 0, sft, base, minutes=pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0])])
+    learned, sets = sft_stage("scenes", "workshop", 0, run), dict(referring=rows, mixed=load_data("scenes", size, 0)[0]["test"])
+    sft = {name: answers(learned, asked, REASON, size.max_completion_length) for name, asked in sets.items()}
+    minutes = pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0]
+    add_rows([judged(name, "CoT-SFT", 0, found, base if name == "referring" else None, minutes=minutes) for name, found in sft.items()])
     folder = grpo_stage("scenes", "workshop", 0, run).parent if seed == 0 else run / f"grpo-seed-{seed}"
     if not (folder / "log.csv").exists() or not (folder / "model").exists():
         folder.mkdir(exist_ok=True)
         on_processes(size.processes, train_grpo, str(learned), "scenes", size, 0, seed, folder)
-    grpo = answers(folder / "model", rows, REASON, size.max_completion_length)
-    log = pd.read_csv(folder / "log.csv")
-    add_rows([judged("referring", "GRPO", seed, grpo, sft, minutes=log.minutes.iloc[0])])
+    minutes = pd.read_csv(folder / "log.csv").minutes.iloc[0]
+    add_rows([judged(name, "GRPO", seed, answers(folder / "model", asked, REASON, size.max_completion_length), sft[name], minutes=minutes) for name, asked in sets.items()])
+    for name in sets: over_seeds(name)
+
+
+def over_seeds(question_set):
+    """The row "all": the mean of the seeds' gains with a t interval."""
     found = pd.read_csv(TABLE, dtype={"seed": str})
-    found = found[(found.stage == "GRPO") & (found.seed != "all")]
+    found = found[(found.set == question_set) & (found.stage == "GRPO") & ~found.seed.isin(["all", "averaged"])]
     if len(found) > 1:
         low, high = t.interval(0.95, len(found) - 1, found.gain.mean(), sem(found.gain))
         numbers = found.drop(columns=["set", "stage", "seed", "gain_low", "gain_high"]).mean()
-        add_rows([dict(set="referring", stage="GRPO", seed="all", **numbers[["N", "Acc@0.5", "Acc@0.7", "mIoU", "unparsable", "format", "gain"]], gain_low=low, gain_high=high)])
+        add_rows([dict(set=question_set, stage="GRPO", seed="all", **numbers[["N", "Acc@0.5", "Acc@0.7", "mIoU", "unparsable", "format", "gain"]], gain_low=low, gain_high=high)])
+
+
+def average_and_judge(run, size, rows):
+    """The mean of three seeds' weights: what they have in common stays, what is chance shrinks."""
+    before, *after = (load_vlm(str(run / folder / "model")) for folder in ("sft", "grpo", "grpo-seed-1", "grpo-seed-2"))
+    sft = predict(*before, rows, size.max_completion_length, 64)
+    weights = [torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model, _ in (before, *after)]
+    ways = torch.stack(weights[1:]) - weights[0]
+    cosines = torch.nn.functional.cosine_similarity(ways[:, None], ways[None], dim=-1)
+    print("cosines between the ways of the seeds:", cosines[0, 1].item(), cosines[0, 2].item(), cosines[1, 2].item())
+    model, processor = after[0]
+    torch.nn.utils.vector_to_parameters(torch.stack(weights[1:]).mean(0), model.parameters())
+    add_rows([judged("referring", "GRPO", "averaged", predict(model, processor, rows, size.max_completion_length, 64), sft)])
 
 
 if __name__ == "__main__": main()
