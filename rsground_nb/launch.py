@@ -7,7 +7,7 @@ __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArgume
            'OneLineParser', 'parse_settings', 'plan', 'plan_line', 'load_rows', 'load_model', 'make_trainer',
            'kept_settings', 'is_finished', 'save_trained', 'train_command']
 
-# %% ../nbs/09c_launch.ipynb #f8f345ec
+# %% ../nbs/09c_launch.ipynb #03da4cd1
 import json
 import os
 import sys
@@ -26,12 +26,12 @@ from yaml import YAMLError
 from .boxes import Codec
 from .data import load_data
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import SPECIAL, codec_of, load_vlm, lora_config, memory_plan
+from .model import codec_of, load_vlm, lora_config, memory_plan
 from .rewards import REWARD_WEIGHTS, make_rewards
 from .scale import finish_stage, get_scale, stage_ready, start
 from .sft import Safeguard, catch_up, last_checkpoint
 from .synthesis import load_chains, synthesise
-from .train import grpo_rows, with_rivals
+from .train import grpo_rows, never_drawn, watched, with_rivals
 
 # %% ../nbs/09c_launch.ipynb #5c768feb
 @dataclass
@@ -129,7 +129,7 @@ def load_model(
     vlm.model.visual.requires_grad_(False)
     return vlm, processor
 
-# %% ../nbs/09c_launch.ipynb #8f68550b
+# %% ../nbs/09c_launch.ipynb #4160e8d1
 def make_trainer(
     data: DataArguments, training: SFTConfig, model: ModelConfig,  # of parse_settings
 ) -> tuple:
@@ -144,10 +144,9 @@ def make_trainer(
     common = dict(model=vlm, args=training, train_dataset=rows, eval_dataset=test, processing_class=processor, peft_config=get_peft_config(model))
     if grpo:
         training.reward_weights = training.reward_weights or REWARD_WEIGHTS
-        if not training.use_vllm:  # vLLM has no such setting
-            blocked = [i for i in processor.tokenizer.convert_tokens_to_ids(SPECIAL) if i is not None and i != processor.tokenizer.eos_token_id]
-            training.generation_kwargs = {"suppress_tokens": blocked, **(training.generation_kwargs or {})}
-        trainer = SpatialGRPOTrainer(reward_funcs=make_rewards(codec, data.alpha, data.third), **common)
+        if not training.use_vllm:  # vLLM knows no suppress_tokens
+            training.generation_kwargs = {"suppress_tokens": never_drawn(processor), **(training.generation_kwargs or {})}
+        trainer = SpatialGRPOTrainer(reward_funcs=[watched(f) for f in make_rewards(codec, data.alpha, data.third)], **common)
     else:
         trainer = SFTTrainer(**common)
         trainer.model_accepts_loss_kwargs = True  # TRL's loss divides by the tokens of the whole step if it is told their number

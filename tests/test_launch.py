@@ -196,3 +196,10 @@ def test_an_interrupted_training_goes_on_only_when_asked(two_steps, capsys):
     assert main(words) == 2 and "--resume_from_checkpoint true" in capsys.readouterr().err
     assert main([*words, "--resume_from_checkpoint", "true"]) == 0
     assert apart(folder / "sft-1", folder / "sft-4") < 1e-6 and len(pd.read_csv(folder / "sft-4" / "log.csv")) == 2
+
+
+def test_a_reward_that_is_not_a_number_is_refused_here_too(tmp_path, monkeypatch):
+    def iou_reward(completions, **columns): return [float("nan")] * len(completions)
+    monkeypatch.setattr(launch, "make_rewards", lambda *args: [iou_reward])
+    trainer, _ = launch.make_trainer(*parse_settings("grpo", ["--config", "tiny_grpo.yaml", "--output_dir", str(tmp_path), "--reward_weights", "1.0", "--model_name_or_path", "tiny"]))
+    with pytest.raises(ValueError, match="iou_reward gave nan"): trainer.reward_funcs[0](completions=["a"])
