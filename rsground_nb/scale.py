@@ -43,7 +43,7 @@ SMOKE = Scale(
     sft_steps=100, sft_batch_size=16, sft_learning_rate=8e-3,
     grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=4096, num_val=128, num_test=512, lora_rank=0, sft_steps=450, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=64, prompts_per_step=32, grpo_learning_rate=1e-4,
+    SMOKE, name="workshop", num_train=8192, num_val=128, num_test=512, lora_rank=0, sft_steps=700, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=120, prompts_per_step=32, grpo_learning_rate=1e-4,
     rows_per_pass=64, processes=2)
 GPU = Scale(
     name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,
