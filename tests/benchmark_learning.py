@@ -4,11 +4,14 @@
     python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]          and the trainings
 
 RUN is the folder of a workshop run with seed 0 (`rsground run --scale workshop --out RUN`, or chapters 06 and 09; this script makes what is missing). CoT-SFT has seed 0; GRPO starts from it with
---grpo-seed (0 is the run's own). Rows of the stage and seed are replaced in tests/benchmark_learning.csv, so three calls give three seeds; several may run at the same time. The gain of GRPO over
-all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. After three seeds, --average judges the mean of their weights. Sets of questions:
+--grpo-seed (0 is the run's own). Rows of the stage and seed are replaced in tests/benchmark_learning.csv, so five calls give five seeds; several may run at the same time. The gain of GRPO over
+all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. After seeds 0, 1 and 2, --average judges these three together: row "0 to 2" has the gain that each question has
+on average over them, with a bootstrap interval over questions; row "averaged" is the model that has the mean of their weights. --other judges
+all that is there on other questions, since settings were chosen by the first. Sets of questions:
 
 names      "the red ship", two to six objects of 10 to 40 % of the side (what pretraining asks)
 referring  words of position, size or relation, and at least one more object of the same category (what it never asks)
+other      like referring, drawn with another seed
 mixed      the test split of the workshop data: all kinds of expressions, as in training; seed 0, other scenes
 """
 import argparse
@@ -80,7 +83,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--grpo-seed", type=int, default=0)
-    parser.add_argument("--average", action="store_true", help="no training: the mean of the weights of seeds 0, 1 and 2")
+    parser.add_argument("--average", action="store_true", help="no training: seeds 0, 1 and 2 together")
+    parser.add_argument("--other", action="store_true", help="no training: all seeds that are there, on other questions")
     parser.add_argument("--count", type=int, default=512)
     options = parser.parse_args()
     size, seed = get_scale("workshop"), options.grpo_seed
@@ -92,6 +96,7 @@ def main():
         table += [judged(name, stage, 0, found) for stage, found in without_model(train, test).items()]
     add_rows(table)
     if options.run and options.average: average_and_judge(options.run, size, rows)
+    elif options.run and options.other: judge_on_others(options.run, size, referring(options.count, HELD_OUT + 1, "test"))
     elif options.run: train_and_judge(options.run, seed, size, rows, base)
     print(pd.read_csv(TABLE).to_string(index=False))
 
@@ -111,10 +116,17 @@ def train_and_judge(run, seed, size, rows, base):
     for name in sets: over_seeds(name)
 
 
+def judge_on_others(run, size, rows):
+    """The same models on questions by which nothing was chosen."""
+    found = {folder.name: answers(folder / "model", rows, REASON, size.max_completion_length) for folder in (run / "sft", run / "grpo", *sorted(run.glob("grpo-seed-*")))}
+    add_rows([judged("other", "CoT-SFT", 0, found["sft"])] + [judged("other", "GRPO", name.rpartition("-")[2] if "-" in name else 0, after, found["sft"]) for name, after in found.items() if name != "sft"])
+    over_seeds("other")
+
+
 def over_seeds(question_set):
     """The row "all": the mean of the seeds' gains with a t interval."""
     found = pd.read_csv(TABLE, dtype={"seed": str})
-    found = found[(found.set == question_set) & (found.stage == "GRPO") & ~found.seed.isin(["all", "averaged"])]
+    found = found[(found.set == question_set) & (found.stage == "GRPO") & found.seed.str.isdigit()]
     if len(found) > 1:
         low, high = t.interval(0.95, len(found) - 1, found.gain.mean(), sem(found.gain))
         numbers = found.drop(columns=["set", "stage", "seed", "gain_low", "gain_high"]).mean()
@@ -122,16 +134,18 @@ def over_seeds(question_set):
 
 
 def average_and_judge(run, size, rows):
-    """The mean of three seeds' weights: what they have in common stays, what is chance shrinks."""
+    """What three seeds have in common: their mean gain question by question, and the mean of their weights, in which chance shrinks."""
     before, *after = (load_vlm(str(run / folder / "model")) for folder in ("sft", "grpo", "grpo-seed-1", "grpo-seed-2"))
-    sft = predict(*before, rows, size.max_completion_length, 64)
+    answer = lambda model: predict(*model, rows, size.max_completion_length, 64)
+    sft, *found = map(answer, (before, *after))
+    together = [dict(image_id=p[0]["image_id"], iou=np.mean([q["iou"] for q in p])) for p in zip(*found)]
     weights = [torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model, _ in (before, *after)]
     ways = torch.stack(weights[1:]) - weights[0]
     cosines = torch.nn.functional.cosine_similarity(ways[:, None], ways[None], dim=-1)
     print("cosines between the ways of the seeds:", cosines[0, 1].item(), cosines[0, 2].item(), cosines[1, 2].item())
-    model, processor = after[0]
-    torch.nn.utils.vector_to_parameters(torch.stack(weights[1:]).mean(0), model.parameters())
-    add_rows([judged("referring", "GRPO", "averaged", predict(model, processor, rows, size.max_completion_length, 64), sft)])
+    torch.nn.utils.vector_to_parameters(torch.stack(weights[1:]).mean(0), after[0][0].parameters())
+    add_rows([dict(set="referring", stage="GRPO", seed="0 to 2", N=len(rows), mIoU=np.mean([p["iou"] for p in together]), **gain(together, sft)),
+              judged("referring", "GRPO", "averaged", answer(after[0]), sft)])
 
 
 if __name__ == "__main__": main()
