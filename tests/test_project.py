@@ -22,6 +22,11 @@ def test_readme_is_the_index_notebook():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "write README.md anew: python tests/write_readme.py"
 
 
+def test_every_code_block_of_the_readme_is_closed():
+    fences = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("```")]
+    assert fences and all(re.fullmatch(r"```\w+", line) for line in fences[::2]) and all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
+
+
 def test_the_pictures_of_the_readme_exist():
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert pictures and all((ROOT / p).is_file() for p in pictures)
