@@ -112,6 +112,12 @@ def make_yolo(root):
     return [("train", "the ship", [40, 80, 60, 120])]
 
 
+def make_dota(root):
+    picture(root / "train" / "images" / "P1.png")
+    write(root / "train" / "labelTxt" / "P1.txt", "imagesource:GoogleEarth\ngsd:0.14\n5 6 30 6 30 25 5 25 ship 0\n1 1 9 1 9 9 1 9 small-vehicle 1\n")
+    return [("train", "the ship", [5, 6, 30, 25]), ("train", "the small-vehicle", [1, 1, 9, 9])]
+
+
 def make_coco(root):
     picture(root / "images" / "a.jpg")
     write(root / "annotations" / "instances_train.json", coco_file([
@@ -133,8 +139,18 @@ def make_voc(root):
     return [("train", "the ship", [1, 2, 30, 20])]
 
 
+def make_voc_turned(root):
+    annotation(root, "a", [])
+    corners = zip(("left_top", "right_top", "right_bottom", "left_bottom"), ((5, 6), (30, 6), (30, 25), (5, 25)))
+    turned = "".join(f"<x_{c}>{x}</x_{c}><y_{c}>{y}</y_{c}>" for c, (x, y) in corners)
+    text = f"<annotation><filename>a.jpg</filename><size><width>64</width><height>48</height></size><object><name>ship</name><robndbox>{turned}</robndbox></object></annotation>"
+    write(root / "Annotations" / "Oriented Bounding Boxes" / "a.xml", text)
+    (root / "Annotations" / "a.xml").unlink()
+    return [("train", "the ship", [5, 6, 30, 25])]
+
+
 MAKERS = {"dior_rsvg": make_dior, "rsvg_hr": make_rsvg_hr, "vrsbench": make_vrsbench, "vrsbench_objects": make_vrsbench_objects, "refgeo": make_refgeo, "refer": make_refer,
-          "phrases": make_phrases, "yolo": make_yolo, "coco": make_coco, "jsonl": make_jsonl, "voc": make_voc}
+          "phrases": make_phrases, "yolo": make_yolo, "coco": make_coco, "jsonl": make_jsonl, "voc": make_voc, "dota": make_dota, "voc_turned": make_voc_turned}
 
 
 def test_every_layout_is_tested_here(): assert set(MAKERS) == set(LAYOUTS)
@@ -163,7 +179,9 @@ def test_masks_fit_their_boxes(make, tmp_path):
 
 def test_names_that_an_image_holds_twice_are_listed_not_read(tmp_path):
     make_yolo(tmp_path)
-    assert [str(f) for f in read_rows(tmp_path)[2]] == [f"labels/train/a.txt, line {line}: 2 objects are called 'the car'" for line in (2, 3)]
+    found = read_rows(tmp_path)[2]
+    assert [(str(f), f.rows) for f in found] == [("labels/train/a.txt, line 2, image images/train/a.png: 2 objects are called 'the car'", 2)]
+    assert [(r["category"], r["alike"]) for r in read_rows(tmp_path, detections=True)[1]] == [("ship", 1), ("car", 2), ("car", 2)]
 
 
 @pytest.mark.parametrize("case, message, kind", [
@@ -238,7 +256,7 @@ def test_an_image_outside_its_folder_is_never_opened(tmp_path):
 def test_single_files_are_guessed(tmp_path):
     for name, make in MAKERS.items(): make(tmp_path / name)
     cases = {"dior_rsvg": "dior_rsvg/Annotations/00007.xml", "rsvg_hr": "rsvg_hr/Annotations/rsvg_hr_test.txt", "vrsbench": "vrsbench/VRSBench_EVAL_referring.json", "refgeo": "refgeo/metainfo/avvg_train.jsonl",
-             "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml",
+             "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml", "dota": "dota/train/labelTxt/P1.txt",
              "index": "dior_rsvg/train.txt", "vrsbench_objects": "vrsbench_objects/Annotations_train/P1.json"}
     assert {name: guess_format(tmp_path / path) for name, path in cases.items()} == {name: name for name in cases}
 
@@ -328,7 +346,7 @@ def test_coco_folders_with_an_image_folder_per_split(tmp_path):
     write(tmp_path / "annotations" / "captions_train2017.json", coco_file([dict(id=1, image_id=1, caption="a harbour")]))
     _, rows, findings = read_rows(tmp_path, probe=True)
     assert [(r["split"], r["image_id"]) for r in rows] == [("train", "train.jpg"), ("val", "val.jpg")]
-    assert [f.kind for f in findings] == ["crowd", "no expression"] * 2
+    assert [f.kind for f in findings] == ["no expression"] * 2 + ["crowd"] * 2
 
 
 def test_what_else_a_folder_looks_like_is_said(tmp_path):
@@ -415,7 +433,7 @@ def test_a_namespace_and_odd_sizes_in_xml(tmp_path):
         assert kinds(path) == [kind]
 
 
-@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg"]), ("width", 5e9), ("polygon", [1]),
+@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg", "b.jpg"]), ("split", "x/../.."), ("split", "a" * 41), ("split", "té"), ("width", 5e9), ("polygon", [1]),
                                           ("objects", 3), ("objects", [1]), ("objects", [dict(category="ship")]), ("objects", [dict(category="ship", box=[1, 2, 3])]), ("objects", [dict(category="\ud800", box=[1, 2, 3, 4])])])
 def test_a_field_of_the_wrong_kind_is_a_finding_and_loading_goes_on(tmp_path, field, value):
     picture(tmp_path / "a.jpg")
