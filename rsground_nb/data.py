@@ -29,7 +29,7 @@ from PIL import Image as PILImage, ImageDraw
 
 from .boxes import draw_boxes
 from .files import SPLITS, Finding, read_image, read_rows
-from .scale import Scale, get_scale
+from .scale import Scale, get_scale, write_whole
 from .scenes import scene_records
 
 # %% ../nbs/03_data.ipynb #7c12b9d5
@@ -214,8 +214,7 @@ def write_jsonl(
     if not all(r["image"] for r in rows): raise ValueError("rows without images cannot be used again: name the folder of the images")
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(r["image"])) for r in rows]))
     def line(r): return json.dumps({**{name: r.get(name) for name in FEATURES}, "image": Path(os.path.relpath(os.path.abspath(r["image"]), root)).as_posix()}, ensure_ascii=False)
-    data = "".join(line(r) + "\n" for r in rows).encode()
-    Path(path).write_bytes(data)
+    write_whole(path, "".join(line(r) + "\n" for r in rows))
     return root
 
 def check_target(path: str | Path, dataset: str | Path):

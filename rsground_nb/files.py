@@ -6,15 +6,15 @@
 __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'READ_ERRORS', 'TO_BYTES', 'SPLITS', 'VRSBENCH_SIDE', 'LAYOUTS', 'Defect',
            'printable', 'Finding', 'quote', 'text_of', 'number', 'numbers', 'is_size', 'check_row', 'as_finding',
            'collect', 'read_bytes', 'read_text', 'text_lines', 'parse_json', 'plain_yaml', 'field', 'text_field',
-           'list_field', 'open_xml', 'Once', 'PlainUnpickler', 'open_pickle', 'open_image', 'open_pixels', 'turn_of',
-           'image_size', 'turned', 'size_mismatch', 'same_letters', 'grey_levels', 'nodata_of', 'read_image',
-           'ImageFolder', 'lines_of', 'declared_size', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg',
-           'read_rsvg_hr', 'percent_box', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects',
-           'read_refgeo', 'known_mask', 'image_mask', 'jsonl_parts', 'read_objects', 'read_jsonl', 'coco_runs',
-           'polygon_mask', 'open_instances', 'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases',
-           'find_stem', 'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of',
-           'formats_of', 'has_descriptions', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_at_some',
-           'look_deeper']
+           'list_field', 'open_xml', 'Once', 'PlainUnpickler', 'open_pickle', 'open_image', 'image_bytes',
+           'open_pixels', 'turn_of', 'image_size', 'turned', 'size_mismatch', 'same_letters', 'grey_levels',
+           'nodata_of', 'read_image', 'ImageFolder', 'lines_of', 'declared_size', 'read_xml', 'read_index',
+           'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr', 'percent_box', 'share_row', 'refer_turns',
+           'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo', 'known_mask', 'image_mask', 'jsonl_parts',
+           'read_objects', 'read_jsonl', 'coco_runs', 'polygon_mask', 'open_instances', 'coco_row', 'refuse_ambiguous',
+           'read_coco', 'read_refer', 'read_phrases', 'find_stem', 'read_voc', 'splits_of_stems', 'class_names',
+           'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of', 'has_descriptions', 'guess_file',
+           'guess_format', 'read_rows', 'read_files', 'look_at_some', 'look_deeper']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -255,6 +255,11 @@ def open_image(path: Path) -> PIL.Image.Image:
     "The image, not decoded yet. Only formats that need no other program; raises Defect."
     if not path.is_file(): raise Defect("bad image", f"{path.name} is not a plain file")
     return open_pixels(path, path.name)
+
+def image_bytes(path: Path) -> bytes:
+    "What an image file holds. Raises Defect unless it is a plain file: a pipe would never end."
+    if not path.is_file(): raise Defect("bad image", f"{path.name} is not a plain file")
+    return path.read_bytes()
 
 def open_pixels(source, name: str) -> PIL.Image.Image:
     "The image of a plain file or of bytes, not decoded yet. Raises Defect."
