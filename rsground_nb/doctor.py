@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .data import check_target, compare_rows, data_parts, write_jsonl
-from .files import READ_ERRORS, Defect, Finding, annotation_files, as_finding, guess_format, image_size, lines_of, open_image, printable, read_index, read_rows
+from .files import READ_ERRORS, Defect, Finding, annotation_files, as_finding, guess_format, image_size, lines_of, open_image, printable, read_image, read_index, read_rows, turned
 
 # %% ../nbs/03b_doctor.ipynb #e9ed46d6
 ENDINGS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}
@@ -26,13 +26,11 @@ def check_image(
 ) -> list:
     "What is odd about a usable image, as a list of Defect. Raises Defect for one that cannot be used."
     image_size(path)
+    if decode: read_image(path)
     with open_image(path) as image:
-        if decode:
-            try: image.load()
-            except Exception as e: raise Defect("bad image", f"image {path.name} is cut off or broken ({e})") from None
         kind = "JPEG" if image.format == "MPO" else image.format  # what many cameras call .jpg: a JPEG with a second picture behind it
         wrong = ENDINGS.get(path.suffix.lower(), kind) != kind
-        return [Defect("wrong ending", f"{path.name} is {kind}, named {path.suffix}")] if wrong else []
+    return turned(path) + ([Defect("wrong ending", f"{path.name} is {kind}, named {path.suffix}")] if wrong else [])
 
 # %% ../nbs/03b_doctor.ipynb #5c6e6404
 class Report(NamedTuple):
