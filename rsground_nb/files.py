@@ -18,7 +18,8 @@ __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'SAFE_NAME', 'FRAMES', 'GRIDS', 
            'polygon_mask', 'open_instances', 'coco_row', 'usable_rows', 'read_coco', 'read_refer', 'read_phrases',
            'find_stem', 'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'image_beside', 'yolo_shape',
            'count_alike', 'read_yolo', 'read_dota', 'Layout', 'files_of', 'formats_of', 'may_be', 'has_descriptions',
-           'guess_json', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_at_some', 'not_read']
+           'guess_json', 'guess_file', 'guess_format', 'chosen_format', 'chosen_files', 'deal_out', 'read_rows',
+           'read_files', 'look_at_some', 'not_read']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -1141,6 +1142,32 @@ def guess_format(
     return guess_file(path)
 
 # %% ../nbs/02b_files.ipynb #7035763f
+def chosen_format(path: Path, format: str | None) -> tuple:
+    "(a key of LAYOUTS, the others that fit a folder too). Raises ValueError if no layout fits, or there is none of that name."
+    if not os.path.exists(path): raise ValueError(f"{path} is not a folder or file")
+    fitting = [] if format else formats_of(path) if path.is_dir() else [guess_file(path)]
+    format = format or next(iter(fitting), None)
+    if format is None: raise ValueError(not_read(path))
+    if format not in LAYOUTS: raise ValueError(f"unknown format {format!r}: use one of {', '.join(LAYOUTS)}")
+    return format, fitting[1:]
+
+def chosen_files(path: Path, format: str, guessed: bool) -> list:
+    "(split, path) of the annotation files. Raises ValueError if there is none."
+    if path.is_file(): return [("", path)]
+    if format == "dior_rsvg" and (path / "Annotations").is_dir(): return [("", p) for p in annotation_files(path)]
+    files = [(s, p) for s, p in files_of(path, LAYOUTS[format]) if not guessed or may_be(p, format)]
+    if files: return files
+    patterns = ", ".join(p for several in LAYOUTS[format].files.values() for p in several)
+    raise ValueError(f"{path} holds no file of format {format}: {patterns}")
+
+def deal_out(rows: list, path: Path) -> tuple:
+    "(rows, findings) of a VOC folder with the splits of its ImageSets; a row without one is left out, unless there are none at all."
+    splits, odd = splits_of_stems(path)
+    if not splits: return rows, odd
+    left = sum(Path(r["file"]).stem not in splits for r in rows)
+    if left: odd.append(Finding("unlisted", f"{left} of {len(rows)} rows are in no split", path.name, rows=left))
+    return [{**r, "split": s} for r in rows for s in splits.get(Path(r["file"]).stem, [])], odd
+
 def read_rows(
     path: str | Path,             # a folder, or one annotation file
     format: str | None = None,    # a key of LAYOUTS; None: guess
@@ -1151,34 +1178,25 @@ def read_rows(
 ) -> tuple:
     "(format, rows, findings): the usable rows of a dataset, and everything that is odd about its files. Raises ValueError for a path that is in none of the layouts."
     path = Path(path)
-    if not path.exists(): raise ValueError(f"{path} is not a folder or file")
     if frame not in (None, *FRAMES): raise ValueError(f"unknown frame {frame!r}: use one of {', '.join(FRAMES)}")
-    fitting = [] if format else formats_of(path) if path.is_dir() else [guess_file(path)]
-    format = format or next(iter(fitting), None)
-    if format is None: raise ValueError(not_read(path))
-    if format not in LAYOUTS: raise ValueError(f"unknown format {format!r}: use one of {', '.join(LAYOUTS)}")
-    layout, root = LAYOUTS[format], path if path.is_dir() else path.parent
-    whole = format == "dior_rsvg" and path.is_dir()  # its numbers run over all files
-    files = [("", path)] if path.is_file() else [("", p) for p in annotation_files(path)] if whole and (path / "Annotations").is_dir() else [(s, p) for s, p in files_of(path, layout) if not fitting or may_be(p, format)]
-    if not files: raise ValueError(f"{path} holds no file of format {format}: {', '.join(p for patterns in layout.files.values() for p in patterns)}")
+    if images and not os.path.isdir(images): raise ValueError(f"{images} is not a folder of images")
+    guessed, (format, others) = format is None, chosen_format(path, format)
+    layout, root, name = LAYOUTS[format], path if path.is_dir() else path.parent, path.name if path.is_file() else path.resolve().name
+    files = chosen_files(path, format, guessed)
     folders = [Path(images)] if images else [root / f for f in layout.images if (root / f).is_dir()] if path.is_dir() else []
     known, findings = ImageFolder(folders or None, probe, frame), []
-    if path.is_dir() and not folders: findings.append(Finding("missing image", f"no image folder ({' or '.join(layout.images)}): images were not looked for", root.name, kept=True))
-    findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", root.name, kept=True) for n in fitting[1:]]
-    rows, found = read_dior_rsvg(path, known) if whole else read_files(files, root, read_xml if format == "dior_rsvg" else layout.read, known)
-    if frame is None: found = found + frame_findings(rows, found, root.name if path.is_dir() else path.name, format)
-    if not detections:
-        rows, odd = usable_rows(rows)
-        found = found + odd
-    if format in ("voc", "voc_turned") and path.is_dir():
-        splits, odd = splits_of_stems(path)
-        left = sum(Path(r["file"]).stem not in splits for r in rows) if splits else 0
-        if left: odd.append(Finding("unlisted", f"{left} of {len(rows)} rows are in no split", root.name, rows=left))
-        if splits: rows = [{**r, "split": s} for r in rows for s in splits.get(Path(r["file"]).stem, [])]
-        found = found + odd
+    if path.is_dir() and not folders: findings.append(Finding("missing image", f"no image folder ({' or '.join(layout.images)}): images were not looked for", name, kept=True))
+    findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", name, kept=True) for n in others]
+    if format == "dior_rsvg": rows, found = read_dior_rsvg(path, known) if path.is_dir() else read_files(files, root, read_xml, known)
+    else: rows, found = read_files(files, root, layout.read, known)
+    odd = frame_findings(rows, found, name, format) if frame is None else []
+    for needed, step in ((not detections, usable_rows), (layout.read is read_voc and path.is_dir(), lambda r: deal_out(r, path))):
+        if needed:
+            rows, left = step(rows)
+            odd += left
     if not probe: findings += look_at_some(rows)
-    if not rows and not found: findings.append(Finding("empty", "no row in it", root.name if path.is_dir() else path.name, kept=True))
-    return format, rows, findings + found
+    if not rows and not found + odd: findings.append(Finding("empty", "no row in it", name, kept=True))
+    return format, rows, findings + found + odd
 
 # %% ../nbs/02b_files.ipynb #e76478c2
 def read_files(files, root, read, images) -> tuple:
@@ -1210,7 +1228,8 @@ def not_read(path: Path) -> str:
     "Why a path is in none of the layouts, with a hint: an archive, pictures alone, or a dataset one folder deeper."
     if path.suffix.lower() in ARCHIVES: return f"{path} is an archive: unpack it and name the folder"
     if path.suffix.lower() in PICTURE_ENDINGS: return f"{path} is a picture: name the folder or the file with the boxes"
-    entries = sorted(path.iterdir()) if path.is_dir() else []
+    try: entries = sorted(path.iterdir()) if path.is_dir() else []
+    except OSError as e: return f"{path} cannot be listed ({e.strerror})"
     pictures, packed = ([p for p in entries if p.suffix.lower() in kinds] for kinds in (PICTURE_ENDINGS, ARCHIVES))
     hint = next((f" (but the folder {quote(p.name)} in it looks like {found[0]})" for p in entries[:100] if p.is_dir() and (found := formats_of(p))), "")
     hint = hint or next((f" (but the file {quote(p.name)} in it looks like {found}: name it)" for p in entries[:100] if p.suffix != ".txt" and (found := guess_file(p))), "")
