@@ -1117,7 +1117,7 @@ def has_descriptions(root: Path) -> bool:
         except READ_ERRORS: pass
     return any(b"<description" in data for data in seen) or not any(b"<object" in data for data in seen)
 
-LINES = (("index", r"-?[0-9]+"), ("rsvg_hr", r"[^,]+,-?[\d.]+,.*"), ("yolo", r"[0-9]+(\.0*)?(\s+-?[\d.e-]+){4,}"),
+LINES = (("index", r"-?[0-9]+"), ("rsvg_hr", r"[^,]+,-?[\d.]+,.*"), ("yolo", r"[0-9]+(\.0*)?(\s+[-\d.e]+){4,}"),
          ("dota", r"(imagesource|gsd)\s*:.*|(-?[\d.]+\s+){8}\S.*"), ("phrases", r"\S+ +\S.*"))  # a first line
 
 def guess_json(text: str) -> str | None:
@@ -1128,7 +1128,8 @@ def guess_json(text: str) -> str | None:
     if names("annotations", "categories", "licenses"): return "coco"
     if names("obj_coord", "referring_sentence"): return "vrsbench_objects"
     if names(*TURNS, *(name for pair in ASKED for name in pair)): return "jsonl"
-    if re.match(r"\s*\{.*\}\s*\n\s*\{", text): return "jsonl"
+    lines = [line.strip() for line in text.splitlines() if line.strip()][:2]
+    if len(lines) == 2 and lines[0][-1] == "}" and lines[1][0] == "{": return "jsonl"
     return "coco" if names("images") else "vrsbench_objects" if names("objects") else None
 
 def guess_file(path: Path) -> str | None:

@@ -779,3 +779,14 @@ def test_detections_keep_crowds_and_objects_of_one_name(tmp_path):
     _, rows, findings = read_rows(tmp_path / "a.json", detections=True)
     assert [(r["alike"], r["doubtful"]) for r in rows] == [(3, None), (3, None), (3, "crowd")] and findings == []
     assert sorted((f.kind, f.rows) for f in read_rows(tmp_path / "a.json")[2]) == [("ambiguous", 2), ("crowd", 1)]
+
+
+@pytest.mark.parametrize("name, text", [("a.txt", "0" + " -1" * 30_000 + " x"), ("a.txt", "1 " * 50_000), ("a.json", "{}" + "\n" * 1_000_000), ("a.json", "{" + " " * 1_000_000)])
+def test_the_format_of_a_file_made_to_take_forever_is_guessed(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert guess_format(tmp_path / name) in (None, "phrases")
+
+
+@pytest.mark.parametrize("piece", ["[1, 2, ", "<think>", '{"bbox": [', "(1,2),", "</think>"])
+def test_an_answer_made_to_take_forever_is_read_to_the_end(tmp_path, piece):
+    assert len(fine_tuning_file(tmp_path, dict(image="a.jpg", problem="x", solution=piece * 100_000), FORMS[1])[2]) == 1
