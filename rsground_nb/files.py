@@ -126,16 +126,17 @@ def check_row(
         if not isinstance(value, str): raise Defect("wrong fields", f"{name} is not text: {quote(value)}")
         if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value): raise Defect("not UTF-8", f"{name} is not UTF-8: {ascii(value)[:60]}")
     x1, y1, x2, y2 = row["box"]
-    shown, odd, kept = ", ".join(f"{v:g}" for v in row["box"]), [], [*row["box"], row["width"], row["height"]]
+    shown, odd = ", ".join(f"{v:g}" for v in row["box"]), []
+    def refuse(kind, message): raise Defect(kind, message, [*row["box"], row["width"], row["height"]])
     if row.get("split") and not SAFE_NAME.fullmatch(row["split"]):
         raise Defect("unsafe", f"split must be letters, digits, _ and -, 40 at most, not {quote(row['split'])}")
     if not row["expression"].strip(): raise Defect("no expression", "no expression")
-    if x1 > x2 or y1 > y2: raise Defect("inverted box", f"box is inverted: {shown}", kept)
-    if x1 == x2 or y1 == y2: raise Defect("no area", f"box has no area: {shown}", kept)
+    if x1 > x2 or y1 > y2: refuse("inverted box", f"box is inverted: {shown}")
+    if x1 == x2 or y1 == y2: refuse("no area", f"box has no area: {shown}")
     if row["width"] is not None:
         size = f"{row['width']}x{row['height']}"
         if not is_size(row["width"], row["height"]): raise Defect("size", f"no usable image size: {size}")
-        if x2 <= 0 or y2 <= 0 or x1 >= row["width"] or y1 >= row["height"]: raise Defect("outside", f"box lies outside the image {size}: {shown}", kept)
+        if x2 <= 0 or y2 <= 0 or x1 >= row["width"] or y1 >= row["height"]: refuse("outside", f"box lies outside the image {size}: {shown}")
         if x1 < 0 or y1 < 0 or x2 > row["width"] or y2 > row["height"]: odd.append(Defect("over the edge", f"box leaves the image {size}: {shown}"))
     if re.search(r"\s\s", row["expression"]): odd.append(Defect("spacing", "two spaces in a row in the expression"))
     if "<|" in row["expression"]:
@@ -494,8 +495,9 @@ def around(points: list) -> list:
 
 def xml_box(element) -> tuple:
     "(box, polygon or None) of an <object>. Raises Defect."
-    corners, turned = element.find("bndbox"), element.find("robndbox")
+    corners = element.find("bndbox")
     if corners is not None: return numbers([corners.findtext(c) for c in CORNERS], CORNERS), None
+    turned = element.find("robndbox")
     if turned is None: raise Defect("no box", "no bndbox")
     polygon = numbers([turned.findtext(c) for c in TURNED], TURNED)
     return around(polygon), polygon
@@ -1118,7 +1120,7 @@ def has_descriptions(root: Path) -> bool:
     return any(b"<description" in data for data in seen) or not any(b"<object" in data for data in seen)
 
 LINES = (("index", r"-?[0-9]+"), ("rsvg_hr", r"[^,]+,-?[\d.]+,.*"), ("yolo", r"[0-9]+(\.0*)?(\s+[-\d.e]+){4,}"),
-         ("dota", r"(imagesource|gsd)\s*:.*|(-?[\d.]+\s+){8}\S.*"), ("phrases", r"\S+ +\S.*"))  # a first line
+         ("dota", r"(imagesource|gsd)\s*:.*|(-?[\d.]+\s+){8}[^\W\d]\S*(\s+\d)?"), ("phrases", r"\S+ +\S.*"))  # a first line
 
 def guess_json(text: str) -> str | None:
     "The layout of a JSON file from its beginning."

@@ -784,7 +784,7 @@ def test_detections_keep_crowds_and_objects_of_one_name(tmp_path):
 @pytest.mark.parametrize("name, text", [("a.txt", "0" + " -1" * 30_000 + " x"), ("a.txt", "1 " * 50_000), ("a.json", "{}" + "\n" * 1_000_000), ("a.json", "{" + " " * 1_000_000)])
 def test_the_format_of_a_file_made_to_take_forever_is_guessed(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert guess_format(tmp_path / name) in (None, "phrases")
+    assert guess_format(tmp_path / name) in (None, "phrases", "yolo")
 
 
 @pytest.mark.parametrize("piece", ["[1, 2, ", "<think>", '{"bbox": [', "(1,2),", "</think>"])
