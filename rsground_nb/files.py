@@ -852,7 +852,7 @@ def annotated_mask(found, width: int | None, height: int | None) -> tuple:
     try: return coco_runs(found, width, height), []
     except READ_ERRORS as e: odd = [Defect("bad mask", f"mask left out: {as_finding(e, '').message}")]
     good = []
-    for polygon in found if isinstance(found, list) else []:
+    for polygon in found if isinstance(found, list) and not isinstance(found[0], dict) else []:
         try: good.append(polygon_points(polygon, width, height))
         except Defect as e: odd = [Defect("bad mask", f"polygon left out: {e}")]
     try: return polygon_mask(good, width, height) if good else None, odd
