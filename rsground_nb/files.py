@@ -685,9 +685,10 @@ def boxes_in(answer, depth: int = 6) -> list:
     "Every box of an answer as it is written: of a list, an object, or a text. Raises Defect."
     if isinstance(answer, str):
         said = answer.rpartition("</think>")[2]
+        said = between(said, "<answer>", "</answer>") or said
         found = [[float(v) for v in NUMERAL.findall(m[0])] for m in GROUP.finditer(said)]
         found = [values[:4] for values in found if len(values) <= 5]  # more: a polygon
-        parsed = None if found else parse_box(between(said, "<answer>", "</answer>") or said)
+        parsed = None if found else parse_box(said)
         return found or [list(parsed.box) if parsed.box else no_box(parsed.reason)]
     if not depth or not answer: return []
     if isinstance(answer, dict):
