@@ -93,11 +93,13 @@ def doctor(
     try:
         if manifest: check_target(manifest, data_parts(path)[0])
         report = examine(path, format, images, decode)
+        root = manifest and write_jsonl(report.rows, manifest, report.path)  # before a reader may hang up
         counts, lost = Counter(f.kind for f in report.findings), sum(f.rows for f in report.findings if not f.kept)
         print(f"{path}: format {report.format}{'' if format else ' (guessed)'}, {len(report.rows)} good rows, {lost} lost, {report.images} images looked at; {len(report.findings)} findings")
         for kind, count in counts.most_common(): print(f"  {count:6d}  {kind}")
         for f in report.findings: print(f)
-        if manifest: print(f"{len(report.rows)} good rows written; use them as {manifest}@{write_jsonl(report.rows, manifest, report.path)}")
+        if manifest: print(f"{len(report.rows)} good rows written; use them as {manifest}@{root}")
+    except BrokenPipeError: raise
     except (ValueError, OSError) as e:
         print(f"rsground: {printable(str(e))}", file=sys.stderr)
         return 2

@@ -188,6 +188,7 @@ def parse_json(text: str):
 
 def plain_yaml(text: str):
     "What a YAML text holds. Raises Defect for aliases, with which a few lines become millions, and for deep nesting; YAMLError."
+    if re.search(r"(?:[\[{]\s*){50}", text): raise Defect("unreadable", "YAML nested too deeply")  # slow to parse
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -100,11 +100,12 @@ def stage_ready(
 
 # %% ../nbs/00_scale.ipynb #a539f073
 def write_whole(path: str | Path, text: str):
-    "Write a file in one go: whoever reads it finds the old text or the new one."
+    "Write a file in one go: whoever reads it finds the old text or the new one. Raises OSError naming the file."
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="")
         partial.replace(path)
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None
     finally: partial.unlink(missing_ok=True)
 
 # %% ../nbs/00_scale.ipynb #b06412e8
