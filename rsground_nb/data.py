@@ -150,18 +150,21 @@ def load_folder(
     format: str | None = None,           # None: guess
     images: str | Path | None = None,    # the image folder, if it is not the layout's own; for a single file, its own folder
     cache: str | Path | None = None,     # folder that keeps what was read; None: read anew
+    frame: str | None = None,            # a key of FRAMES in chapter 02b, if the boxes are not in pixels
 ) -> tuple:
     "(splits, findings): a dict of datasets, images not opened, and everything odd about the files. Raises ValueError for a path in none of the layouts, or when numbers of objects cannot be trusted."
     path, images = Path(path).absolute(), images and Path(images).absolute()
     if path.is_file() and images is None: images = path.parent
-    place = cache and path.exists() and Path(cache) / fingerprint([path, *([images] if images else [])], format, str(path), str(images))[:32]
+    place = cache and path.exists() and Path(cache) / fingerprint([path, *([images] if images else [])], format, str(path), str(images), frame)[:32]
     splits, findings = place and read_cache(place) or (None, None)
     if splits is None:
-        found, rows, findings = read_rows(path, format, images)
+        found, rows, findings = read_rows(path, format, images, frame=frame)
         fatal = [f for f in findings if found == "dior_rsvg" and f.kind in ("unreadable", "index")]
         if fatal: raise ValueError(f"{path}: {fatal[0]}" + (f" (and {len(fatal) - 1} more: see rsground data doctor)" if len(fatal) > 1 else ""))
         splits, findings = rows_by_split(rows), findings + compare_rows(rows)
         if place: write_cache(place, splits, findings)
+    for f in findings:
+        if f.kind == "other frame": warnings.warn(str(f), stacklevel=2)
     return {name: with_images(table) for name, table in splits.items()}, findings
 
 # %% ../nbs/03_data.ipynb #fcb63f03
@@ -200,8 +203,8 @@ def data_parts(
 ) -> tuple:
     "(path, image folder or None)."
     words = str(data).split("@")
-    at = next((k for k in range(1, len(words)) if Path("@".join(words[:k])).is_file()), None)
-    return (str(data), None) if at is None or Path(data).exists() else ("@".join(words[:at]), "@".join(words[at:]))
+    at = next((k for k in range(1, len(words)) if os.path.isfile("@".join(words[:k]))), None)
+    return (str(data), None) if at is None or os.path.exists(data) else ("@".join(words[:at]), "@".join(words[at:]))
 
 def write_jsonl(
     rows: list,           # dicts with the keys of FEATURES; `image` is a path
@@ -230,11 +233,12 @@ def split_folder(
     out: str | Path,                       # the new file
     how: str = "disjoint", seed: int = 0,  # of `resplit`
     format: str | None = None,             # None: guess
+    frame: str | None = None,              # a key of FRAMES in chapter 02b, if the boxes are not in pixels
 ) -> tuple:
     "(table of sizes and hashes, folder of the images, findings): writes a new split of all usable rows as JSON lines. Raises ValueError."
     path, images = data_parts(data)
     if images is None: check_target(out, path)
-    _, rows, findings = read_rows(path, format, images or (Path(path).parent if Path(path).is_file() else None))
+    _, rows, findings = read_rows(path, format, images or (Path(path).parent if Path(path).is_file() else None), frame=frame)
     new = resplit({"all": to_dataset([{**r, "split": "all"} for r in rows])} if rows else {}, how, seed)
     written = [{**r, "image": r["image"] and r["image"]["path"]} for part in new.values() for r in part.cast_column("image", Image(decode=False))]
     return describe(new)[0], write_jsonl(written, out, images or path), findings
@@ -250,7 +254,7 @@ def load_data(
         sizes = dict(train=scale.num_train, val=scale.num_val, test=scale.num_test)
         return {split: to_dataset(list(scene_records(n, seed, scale.image_side, split))) for split, n in sizes.items()}, []
     path, images = data_parts(data)
-    if not Path(path).exists(): raise ValueError(f"{data} is not a folder (use \"scenes\" for drawn scenes)")
+    if not os.path.exists(path): raise ValueError(f"{data} is not a folder (use \"scenes\" for drawn scenes)")
     splits, findings = load_folder(path, images=images, cache=cache_folder())
     if "train" not in splits: raise ValueError(f"{data} has no usable training rows (splits: {', '.join(splits) or 'none'}; {len(findings)} findings: see rsground data doctor)")
     if splits["train"].cast_column("image", Image(decode=False))[0]["image"] is None: raise ValueError(f"{data} has no images: a model cannot be trained on it")
