@@ -87,13 +87,16 @@ def last_checkpoint(
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 class Safeguard(TrainerCallback):
-    "Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights."
+    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights.
+    In fp16 a GradScaler leaves out a step whose gradients its scale made too large, and halves the scale: that is let pass as long as the scale is above 1."""
     def __init__(self, minutes=0.0):  # up to the checkpoint that this piece starts from
         self.minutes, self.began = minutes, time.time()
 
     def minutes_so_far(self): return self.minutes + (time.time() - self.began) / 60
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1: return
         if not torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite():
             raise FloatingPointError("the gradient is not finite; the weights have been left as they were: lower the learning rate, or look for inf and nan in what the loss is made of")
 
