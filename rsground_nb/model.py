@@ -99,10 +99,12 @@ def make_stock(folder, kind, eyes):
         main.setdefault("video_processor", {"video_processor_type": STOCK[kind][1], **video})
     for part in (main.get("image_processor"), old):
         if part is None: continue
-        part["size"] = dict(eyes.size)
+        part.pop("auto_map", None)
+        part.update(size=dict(eyes.size), image_processor_type="Qwen2VLImageProcessor")
         part.update({k: eyes.size[edge] for k, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")) if k in part})
     for name, content in found.items():
-        content.pop("auto_map", None)  # names code of the base that these classes do not need
+        content.pop("auto_map", None)  # names code of the base, which these classes do not need
+        if name == "tokenizer_config.json": content["tokenizer_class"] = "Qwen2Tokenizer"
         if name != "video_preprocessor_config.json": content["processor_class"] = STOCK[kind][0]
         paths[name].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -198,7 +200,7 @@ def check_index(name, folder):
     path = file_of(folder, "model.safetensors.index.json")
     try: named = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()) if path else ()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError): raise ValueError(f"model.safetensors.index.json of {name} is broken: copy or download it again") from None
-    odd = [f for f in named if not re.fullmatch(r"[\w.-]+\.safetensors", f)]
+    odd = [f for f in named if not re.fullmatch(r"[\w.-]+\.safetensors", str(f))]
     if odd: raise ValueError(f"model.safetensors.index.json of {name} names {odd[0]!r}: weights are read from safetensors files in the same folder")
 
 def load_weights(name, folder, kind, **kwargs):

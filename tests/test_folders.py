@@ -128,3 +128,112 @@ def test_a_processor_may_be_saved_where_it_came_from(tmp_path):
     shutil.copy(TINY / "config.json", tmp_path)
     load_processor(str(tmp_path), 112 * 112).save_pretrained(tmp_path)
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+# a folder that somebody else made
+
+EVIL = "open({!r}, 'w').write('it ran')\nclass X: pass\n"
+
+
+def change(folder, name, part=None, **values):
+    content = json.loads((folder / name).read_text())
+    (content[part] if part else content).update(values)
+    (folder / name).write_text(json.dumps(content))
+
+
+def weights(folder, work=lambda found: None, **metadata):
+    found = load_file(folder / "model.safetensors")
+    work(found)
+    save_file(found, folder / "model.safetensors", metadata=metadata)
+
+
+def sharded(folder, file):
+    index = {"metadata": {}, "weight_map": {name: file for name in load_file(folder / "model.safetensors")}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+
+
+class RunsCode:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return open, (self.mark, "w")
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the tiny model's folder, with code beside it that leaves a mark; nobody may be asked anything."""
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    mark = tmp_path / "mark"
+    for name in ("evil.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(EVIL.format(str(mark)))
+    def asked(*given): raise AssertionError("somebody was asked whether foreign code may run")
+    monkeypatch.setattr("builtins.input", asked)
+    yield folder
+    assert not mark.exists(), "foreign code ran"
+
+
+HARMLESS = {  # code is named and not needed
+    "model code": lambda f: change(f, "config.json", auto_map={"AutoConfig": "evil.X", "AutoModelForImageTextToText": "evil.X"}),
+    "tokenizer code": lambda f: change(f, "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.X", "evil.X"]}),
+    "processor code": lambda f: change(f, "processor_config.json", processor_class="Evil", auto_map={"AutoProcessor": "evil.X", "AutoImageProcessor": "evil.X"}),
+    "image code": lambda f: change(f, "processor_config.json", "image_processor", image_processor_type="Evil", auto_map={"AutoImageProcessor": "evil.X"}),
+    "text code": lambda f: change(f, "config.json", "text_config", auto_map={"AutoConfig": "evil.X"}),
+    "generation code": lambda f: change(f, "generation_config.json", custom_generate="evil/evil"),
+    "no metadata": weights}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_code_in_a_folder_is_left_alone_and_not_handed_on(kind, copy, tmp_path):
+    HARMLESS[kind](copy)
+    model, processor = load_vlm(str(copy))
+    assert type(model).__module__.startswith("transformers.") and student_codec(str(copy)).name == "qwen3_vl"
+    processor.save_pretrained(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*config.json"): assert "Evil" not in path.read_text() and "auto_map" not in path.read_text()
+
+
+REFUSED = {
+    "unknown type with code": (lambda f: change(f, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.X"}), "is a evil model: this book knows"),
+    "no type": (lambda f: change(f, "config.json", model_type=None), "is a None model"),
+    "two types": (lambda f: change(f, "config.json", model_type=["qwen3_vl"]), "this book knows"),
+    "kernel": (lambda f: change(f, "config.json", attn_implementation="evil/kernel"), "asks for code or weights from elsewhere .attn_implementation is 'evil/kernel'"),
+    "kernel below": (lambda f: change(f, "config.json", "text_config", _attn_implementation="evil/kernel"), "asks for code or weights from elsewhere"),
+    "other weights": (lambda f: change(f, "config.json", transformers_weights="pytorch_model.bin"), "transformers_weights is 'pytorch_model.bin'"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json of .* is no JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "is no JSON object"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 200_000), "is no JSON object"),
+    "no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is no JSON object"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/base"}'), "holds a LoRA adapter, not a model"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer files of .* cannot be read"),
+    "pickle": (lambda f: (torch.save({"a": torch.zeros(2)}, f / "pytorch_model.bin"), (f / "model.safetensors").unlink()), r"are a pickle \(pytorch_model.bin\), which can run code"),
+    "list of pickles": (lambda f: ((f / "pytorch_model.bin.index.json").write_text("{}"), (f / "model.safetensors").unlink()), "are a pickle"),
+    "pickle by its name": (lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(RunsCode(str(f.parent / "mark")))), "is broken or no safetensors file"),
+    "torch.save by its name": (lambda f: torch.save({"a": torch.zeros(2)}, f / "model.safetensors"), "is broken or no safetensors file"),
+    "pickle in the index": (lambda f: (sharded(f, "pytorch_model.bin"), (f / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(str(f.parent / "mark"))))), "names 'pytorch_model.bin': weights are read from safetensors"),
+    "elsewhere in the index": (lambda f: sharded(f, "../model.safetensors"), "names '../model.safetensors'"),
+    "numbers in the index": (lambda f: sharded(f, 7), "names 7"),
+    "broken index": (lambda f: ((f / "model.safetensors.index.json").write_text("{"), (f / "model.safetensors").unlink()), "index.json of .* is broken"),
+    "half a file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1_000_000]), "is broken or no safetensors file"),
+    "endless header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x3f" + (f / "model.safetensors").read_bytes()[8:]), "header too large"),
+    "header of junk": (lambda f: (f / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b"x" * 5000), "is broken or no safetensors file"),
+    "Git LFS": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"), "is broken or no safetensors file"),
+    "nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "is broken or no safetensors file"),
+    "weights missing": (lambda f: weights(f, lambda found: [found.pop(name) for name in list(found)[1:6]], format="pt"), r"\d weights of a qwen3_vl model are not in the files"),
+    "other shape": (lambda f: weights(f, lambda found: found.update({next(iter(found)): torch.zeros(3, 5)}), format="pt"), "have another shape than its config.json says")}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_safely_is_refused_in_one_sentence(kind, copy):
+    spoil, message = REFUSED[kind]
+    spoil(copy)
+    with pytest.raises(ValueError, match=message) as refused: load_vlm(str(copy))
+    assert "trust_remote_code" not in str(refused.value) and "use_safetensors" not in str(refused.value) and "\n" not in str(refused.value).strip()
+
+
+def test_a_folder_without_weights_is_not_there(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(OSError): load_vlm(str(copy))
+
+
+def test_the_guard_cannot_be_switched_off(copy):
+    with pytest.raises(TypeError, match="trust_remote_code"): load_vlm(str(copy), trust_remote_code=True)
