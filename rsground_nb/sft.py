@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from .data import load_data
-from .model import adapt, codec_of, fingerprints, load_vlm
+from .model import adapt, check_moving, codec_of, fingerprints, load_vlm, merged, training_dtype
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .synthesis import chain_stage, load_chains
 
@@ -35,7 +35,7 @@ def sft_trainer(
     out: str | Path,     # working folder of the trainer
     **kwargs,            # to SFTConfig, over what is set here
 ) -> SFTTrainer:
-    "TRL's trainer; LoRA on the language part, or all of it if `scale.lora_rank` is 0; the vision tower is frozen."
+    "TRL's trainer; LoRA on the language part, or all of it if `scale.lora_rank` is 0; the vision tower is frozen. Raises ValueError if weights of 16 bit would move."
     gpu = torch.cuda.is_available()
     per_pass = min(scale.sft_batch_size, scale.rows_per_pass)
     settings = dict(
@@ -45,19 +45,20 @@ def sft_trainer(
         max_length=None, use_cpu=not gpu, bf16=gpu, activation_checkpointing=gpu, seed=seed)
     trainer = SFTTrainer(model=model, args=SFTConfig(**{**settings, **kwargs}), train_dataset=chains.select_columns(["prompt", "image", "completion"]),
                          processing_class=processor, peft_config=adapt(model, scale.lora_rank))
+    check_moving(trainer.model)
     trainer.model_accepts_loss_kwargs = trainer.args.gradient_accumulation_steps > 1  # then TRL's loss divides by the tokens of the whole step, not of each pass (chapter 09c)
     return trainer
 
 # %% ../nbs/06_sft.ipynb #c8d73e9c
 def save_stage(trainer, processor, folder, before, minutes):
-    "Model (with an adapter merged in, which is also kept apart), log.csv and weights.csv of a finished training run."
+    "Model (with an adapter merged in, in float32; the adapter is also kept apart), log.csv and weights.csv of a finished training run."
     pd.DataFrame(dict(before=before, after=fingerprints(trainer.model))).rename_axis("weights").to_csv(folder / "weights.csv")
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
     log.assign(minutes=round(minutes, 2)).to_csv(folder / "log.csv", index=False)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
+        model = merged(model)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 
@@ -86,13 +87,16 @@ def last_checkpoint(
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 class Safeguard(TrainerCallback):
-    "Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights."
+    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights.
+    In fp16 a GradScaler leaves out a step whose gradients its scale made too large, and halves the scale: that is let pass as long as the scale is above 1."""
     def __init__(self, minutes=0.0):  # up to the checkpoint that this piece starts from
         self.minutes, self.began = minutes, time.time()
 
     def minutes_so_far(self): return self.minutes + (time.time() - self.began) / 60
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1: return
         if not torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite():
             raise FloatingPointError("the gradient is not finite; the weights have been left as they were: lower the learning rate, or look for inf and nan in what the loss is made of")
 
@@ -163,7 +167,7 @@ def sft_stage(
     size = get_scale(scale)
     start(seed)
     splits, _ = load_data(data, size, seed)
-    model, processor = load_vlm(size.model, size.max_pixels)
+    model, processor = load_vlm(size.model, size.max_pixels, dtype=training_dtype(size.lora_rank))
     chains = load_chains(chain_stage(data, scale, seed, out), splits["train"], codec_of(model.config.model_type, processor))
     trainer = sft_trainer(model, processor, chains, size, seed, folder / "trainer", **checkpoints(size.sft_steps))
     train_and_save(trainer, processor, folder, **settings)

@@ -23,7 +23,7 @@ from datasets import Dataset
 from .boxes import Codec
 from .data import load_data
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import SPECIAL, adapt, codec_of, load_vlm, to_prompt
+from .model import SPECIAL, adapt, codec_of, load_vlm, to_prompt, training_dtype
 from .rewards import REWARD_WEIGHTS, make_rewards, text_of
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .sft import check_folder, checkpoints, sft_stage, train_and_save
@@ -120,7 +120,7 @@ def train_grpo(
 ):
     "Train by GRPO on the questions with rivals and save. Every process of a distributed run calls it."
     start(seed)
-    model, processor = load_vlm(before, size.max_pixels)
+    model, processor = load_vlm(before, size.max_pixels, dtype=training_dtype(size.lora_rank))
     rows = grpo_rows(with_rivals(load_data(data, size, data_seed)[0]["train"], least=size.prompts_per_step))
     trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, folder / "trainer", **checkpoints(size.grpo_steps))
     train_and_save(trainer, processor, folder, data=data, data_seed=data_seed, seed=seed, **asdict(size))
