@@ -35,7 +35,7 @@ class Scale:
     grpo_learning_rate: float
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
-    processes: int = 1          # of GRPO on a CPU, one core each
+    processes: int = 1          # of a training on a CPU, one core each
 
 # %% ../nbs/00_scale.ipynb #df2007ab
 SMOKE = Scale(
