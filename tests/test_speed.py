@@ -1,4 +1,6 @@
 """What makes a training step faster changes neither loss nor gradient."""
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from trl import SFTTrainer
 
 from rsground_nb.data import load_data
 from rsground_nb.model import codec_of, load_vlm
-from rsground_nb.scale import get_scale, start
+from rsground_nb.scale import get_scale, keep_memory, start
 from rsground_nb.sft import AnswersTrainer, on_processes, sft_trainer, train_sft
 from rsground_nb.synthesis import load_chains, make_chains
 
@@ -84,3 +86,45 @@ def test_two_processes_give_the_sft_weights_of_one(chains, tmp_path):
     pd.testing.assert_frame_equal(*(log[["step", "loss", "grad_norm", "num_tokens"]] for log in logs), rtol=1e-4)
     before = load_vlm("tiny")[0].state_dict()
     assert max((one[n] - before[n]).abs().max() for n in one) > 1e-3
+
+
+STEPS = """
+import ctypes, resource, sys
+from rsground_nb.scale import keep_memory
+
+if sys.argv[1] == "keep": keep_memory()
+libc, size = ctypes.CDLL(None), 20 << 20
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def step():
+    blocks = [libc.malloc(size) for _ in range(4)]
+    for block in blocks: libc.memset(block, 1, size)
+    for block in blocks: libc.free(block)
+for _ in range(3): step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Pages that the system hands out anew while the same four blocks of 20 MiB are asked for five times."""
+    new_pages = lambda way: int(subprocess.run([sys.executable, "-c", STEPS, way], check=True, capture_output=True, text=True).stdout)
+    usual, kept = new_pages("usual"), new_pages("keep")
+    assert kept < usual / 4
+
+
+def test_kept_memory_changes_no_bit(chains, tmp_path):
+    trainer = trainer_of(chains, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, gradient, _ = one_pass(trainer, batch)
+    gradient = {name: one.clone() for name, one in gradient.items()}
+    keep_memory()
+    again, same, _ = one_pass(trainer, batch)
+    assert loss.equal(again) and all(gradient[name].equal(same[name]) for name in gradient)
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # without mallopt, as musl
+    keep_memory()
