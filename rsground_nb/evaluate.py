@@ -89,17 +89,20 @@ def metrics(
 
 # %% ../nbs/10_evaluate.ipynb #06a139f0
 def areas(
-    predicted, true,  # (N, 4) corners; NaN rows in `predicted`: no box
-    plus: int = 0,    # added to the length of every side
+    predicted, true,       # (N, 4) corners; NaN rows in `predicted`: no box
+    plus: int = 0,         # added to the length of every side
+    signed: bool = False,  # a side with swapped corners is negative, as in scorers that do not check; otherwise 0
 ) -> tuple:
-    "(intersection, union), each (N,). A row of NaN, or one with swapped corners, has no area and shares none."
-    def area(low, high): return np.nan_to_num(np.maximum(high - low + plus, 0)).prod(1)
-    shared = area(np.maximum(predicted[:, :2], true[:, :2]), np.minimum(predicted[:, 2:], true[:, 2:]))
-    return shared, area(predicted[:, :2], predicted[:, 2:]) + area(true[:, :2], true[:, 2:]) - shared
+    "(intersection, union), each (N,). A row of NaN has no area and shares none; nor has one with swapped corners unless `signed`."
+    def area(low, high, least): return np.nan_to_num(np.maximum(high - low + plus, least)).prod(1)
+    least = -np.inf if signed else 0
+    shared = area(np.maximum(predicted[:, :2], true[:, :2]), np.minimum(predicted[:, 2:], true[:, 2:]), 0)
+    both = area(predicted[:, :2], predicted[:, 2:], least) + area(true[:, :2], true[:, 2:], least)
+    return shared, both - shared
 
 def fraction(over, under):
     "over / under, and 0 where `under` is 0."
-    return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
+    return np.divide(over, under, out=np.zeros_like(over), where=under != 0)
 
 def standard_iou(predicted, true, sides):
     "(IoU, intersection, union) in original pixels, as `iou` of chapter 01."
@@ -108,22 +111,25 @@ def standard_iou(predicted, true, sides):
 
 # %% ../nbs/10_evaluate.ipynb #862fded7
 def lqvg_iou(predicted, true, sides):
-    "(IoU, intersection, union) of LANMNG/LQVG: pixels, 1e-6 added above and below, 32 bits."
-    shared, union = areas(predicted.astype(np.float32), true.astype(np.float32))
-    return np.where(np.isnan(predicted[:, 0]), np.float32(0), (shared + np.float32(1e-6)) / (union + np.float32(1e-6))), shared, union
+    "(IoU, intersection, union) of LANMNG/LQVG: pixels, signed areas, 1e-6 added above and below, 32 bits."
+    shared, union = areas(predicted.astype(np.float32), true.astype(np.float32), signed=True)
+    ious = fraction(shared + np.float32(1e-6), union + np.float32(1e-6))
+    return np.where(np.isnan(predicted[:, 0]), np.float32(0), ious), shared, union
 
 def lpva_iou(predicted, true, sides):
-    "(IoU, intersection, union) of like413/OPT-RSVG: shares of the image's sides, prediction clamped to 0-1, 32 bits."
-    sides = np.tile(sides, 2)
-    shared, union = areas(np.clip(predicted / sides, 0, 1).astype(np.float32), (true / sides).astype(np.float32))
+    "(IoU, intersection, union) of like413/OPT-RSVG: shares of the picture padded to a square, prediction clamped to 0-1, signed areas, 32 bits."
+    longest = sides.max(1, keepdims=True)
+    padding = np.tile((longest - sides) / 2, 2)
+    predicted, true = (((boxes + padding) / longest).astype(np.float32) for boxes in (predicted, true))
+    shared, union = areas(np.clip(predicted, 0, 1), true, signed=True)
     return shared / (union + np.float32(1e-16)), shared, union
 
 # %% ../nbs/10_evaluate.ipynb #38968a3c
 def vrsbench_iou(predicted, true, sides):
-    "(IoU, intersection, union) of lx709/VRSBench: integers 0-100, every side one longer."
-    grid = [np.rint(100 * boxes / np.tile(sides, 2)) for boxes in (predicted, true)]
-    shared, union = areas(*grid, plus=1)
-    return fraction(shared, union), shared, union
+    "(IoU, intersection, union) of lx709/VRSBench: whole numbers 0-100 without their sign, every side one longer; no union without an answer."
+    grid = [np.abs(np.rint(100 * boxes / np.tile(sides, 2))) for boxes in (predicted, true)]
+    shared, union = areas(*grid, plus=1, signed=True)
+    return fraction(shared, union), shared, np.where(np.isnan(predicted[:, 0]), 0, union)
 
 def vlm_r1_iou(predicted, true, sides):
     "(IoU, intersection, union) of om-ai-lab/VLM-R1: pixels, an overlap of at most 1 px in either direction is none."
