@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -233,6 +234,7 @@ def parser():
     score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    score.add_argument("--frame", default="pixel", metavar="NAME", help="that the predictions are written in: pixel (default), shares, percent, thousandths, xywh, or a codec of chapter 01")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
     cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
@@ -328,8 +330,10 @@ def readable(table):
 def evaluate_command(args):
     "`rsground evaluate`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import data_parts, held_out, load_folder, split_hash
-    from rsground_nb.evaluate import evaluate_file
+    from rsground_nb.evaluate import evaluate_file, lines_or_items
     try:
+        if args.seed < 0: raise ValueError(f"--seed {args.seed}: at least 0")
+        lines_or_items(args.predictions)  # what is no prediction file is refused before the data are read
         path, images = data_parts(args.data)
         splits, findings = load_folder(path, images=images)
         split = args.split or held_out(splits)
@@ -337,10 +341,11 @@ def evaluate_command(args):
         if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
         if args.out: Path(args.out).mkdir(parents=True)
-        modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, **allow)
+        with warnings.catch_warnings(record=True) as said: modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
     except (ValueError, OSError) as e:
-        print(f"rsground: {e}", file=sys.stderr)
+        print(f"rsground: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.strerror else e}", file=sys.stderr)
         return 2
+    for warning in said: print(f"rsground: {warning.message}", file=sys.stderr)
     lost = sum(f.rows for f in findings if not f.kept)
     if lost: print(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
     print(f"{args.predictions} against {split} of {args.data}, hash {split_hash(splits[split])}")
