@@ -136,11 +136,11 @@ NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")  # the form that the format reward pays for
 
 DECIMAL = r"[-+]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?\d++)?+"
-NUMERAL = rf"(?:{DECIMAL}|[-+]?(?:NaN|nan|[Ii]nf(?:inity)?+))"
+NUMERAL = re.compile(rf"{DECIMAL}|[-+]?(?:NaN|nan|[Ii]nf(?:inity)?+)")
 LIST = r"\[ (N) , (N) , (N) , (N) \]"       # [x1, y1, x2, y2], also inside JSON; N is a numeral, a blank any blanks
 BRACES = r"\{(?: < N >){4} (?:\| < N > )?\}"  # {<x1><y1><x2><y2>} or {<x1><y1><x2><y2>|<angle>}
 POINTS = r"\( N , N \)(?: , \( N , N \))+"    # (x1,y1),(x2,y2)
-GROUP = re.compile("|".join([LIST, BRACES, POINTS]).replace(" ", r"\s*+").replace("N", NUMERAL))
+GROUP = re.compile("|".join([LIST, BRACES, POINTS]).replace(" ", r"\s*+").replace("N", f"(?:{NUMERAL.pattern})"))
 PIECE = re.compile(r"[^\[\](){}<>|,\s]+")  # each numeral of a group
 
 WIDE = {0xFEE0 + k: k for k in range(0x21, 0x7F)} | str.maketrans("　【】〔〕、−", " [][],-")  # full-width forms -> ASCII, one for one
