@@ -1,7 +1,9 @@
 """Scores against numbers worked out by hand, files with every defect, and properties that any scorer should have."""
 import json
+import os
 import random
 import re
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +15,7 @@ from shapely.geometry import box as shape
 
 from rsground_nb.boxes import encode_mask, iou, read_mask
 from rsground_nb.data import load_folder, to_dataset
-from rsground_nb.evaluate import (FIVE, MODES, check_predictions, compare_modes, central, constant_guess, cue_types, evaluate_file, interval, largest_object, load_predictions,
+from rsground_nb.evaluate import (FIVE, FRAME_NAMES, MODES, check_predictions, compare_modes, central, constant_guess, cue_types, evaluate_file, interval, largest_object, load_predictions,
                                   mask_metrics, random_boxes, read_predictions, resampled, score, score_strata, strata, tally, without_model, words_alone, write_predictions)
 from rsground_nb.grammar import cues, region
 
@@ -520,6 +522,83 @@ def test_what_is_written_is_read_back_and_accepted(tmp_path):
     row = evaluate_file(tmp_path / "p.jsonl", rows, draws=20)[0].iloc[0]
     old = score(read_predictions(tmp_path / "p.jsonl"))
     assert (row["N"], row["Pr@0.5"], row["Pr@0.7"], row["meanIoU"], row["unparsable"]) == (old["N"], old["Acc@0.5"], old["Acc@0.7"], old["mIoU"], old["unparsable"])
+
+
+# ---- files of other shapes
+
+def test_one_json_list_is_read_like_lines(tmp_path):
+    items = [json.loads(line) for line in GOOD]
+    plain = evaluate_file(written(tmp_path, GOOD), dataset(), draws=20)
+    for text in (json.dumps(items), json.dumps(items, indent=2), "\ufeff\n" + json.dumps(items, indent=1) + "\n"):
+        for a, b in zip(plain, evaluate_file(written(tmp_path, text.encode()), dataset(), draws=20)): pd.testing.assert_frame_equal(a, b)
+    with pytest.raises(ValueError, match="item 4: expression_id 'a' again, first on item 1"): load_predictions(written(tmp_path, json.dumps(items + items[:1]).encode()), dataset())
+    with pytest.raises(ValueError, match="item 3: predicted is not four"): load_predictions(written(tmp_path, json.dumps(items[:2] + [{"expression_id": "c", "predicted": "no"}], indent=1).encode()), dataset())
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"PK\x03\x04abc", "is a zip file: unpack it"), (b"\x1f\x8babc", "packed with gzip: unpack it"), (GOOD[0].encode("utf-16"), "UTF-16: save it as UTF-8"),
+    (b"PAR1abc", "Parquet"), (json.dumps([json.loads(line) for line in GOOD], indent=1)[:-30].encode(), "broken or cut off: .*line"), (json.dumps({"a": [1, 2, 3, 4]}, indent=1).encode(), "one JSON object: one object per prediction is needed"),
+    (json.dumps([[1, 2, 3, 4]], indent=1).encode(), "one JSON list without objects"), (b'[\n{"a": "\xff"}\n]', "not UTF-8")])
+def test_what_is_no_prediction_file_is_named_in_one_sentence(tmp_path, content, said):
+    with pytest.raises(ValueError, match=said) as error: load_predictions(written(tmp_path, content), dataset())
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_a_missing_file_and_a_pipe_are_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("", "is a folder"), ("none.jsonl", "there is no prediction file"), ("pipe", "not a regular file")):
+        with pytest.raises(ValueError, match=said): load_predictions(tmp_path / name, dataset())
+
+
+# ---- predictions in another frame
+
+def in_frames(width, height, n=30):
+    """frame -> the same boxes, 3 % of the side off the truth; rows."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(0, 0.75, (n, 2))
+    shares, sides = np.hstack([start, start + rng.uniform(0.1, 0.25, (n, 2))]), np.tile([width, height], 2)
+    pixels = shares * sides
+    rows = dataset(**{c: [f"{c}{k}" for k in range(n)] for c in ("expression_id", "image_id", "expression")}, box=(pixels + 0.01 * sides).tolist(), width=[width] * n, height=[height] * n)
+    return {"pixel": pixels, "shares": shares, "percent": 100 * shares, "thousandths": 1000 * shares, "qwen3_vl": 1000 * shares, "deepseek_vl2": 999 * shares, "vrsbench": 100 * shares,
+            "xywh": np.hstack([pixels[:, :2], pixels[:, 2:] - pixels[:, :2]])}, rows
+
+
+@pytest.mark.parametrize("width, height", [(800, 800), (112, 112), (1024, 768), (3000, 4000)])
+def test_predictions_in_another_frame_are_said_and_read_with_its_name(tmp_path, width, height):
+    frames, rows = in_frames(width, height)
+    def scored(boxes, frame="pixel"):
+        write_predictions([dict(expression_id=e, predicted=b) for e, b in zip(rows["expression_id"], [*boxes[:-1].tolist(), None])], tmp_path / "p.jsonl")
+        return evaluate_file(tmp_path / "p.jsonl", rows, draws=2, frame=frame)[0].iloc[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        right = scored(frames["pixel"])
+        for name, boxes in frames.items(): assert scored(boxes, name).meanIoU == pytest.approx(right.meanIoU), name
+        scored(frames["pixel"][::-1])  # wrong everywhere, in pixels: nothing to say
+    for name in ("shares", "percent", "thousandths", "xywh"):
+        with pytest.warns(UserWarning, match=f"look like .*not like pixels: mean IoU 0.* as pixels, {right.meanIoU * 30 / 29:.3f} so; .*--frame {name}"): assert scored(frames[name]).meanIoU < right.meanIoU / 2
+
+
+def test_shares_are_said_even_if_they_hit_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="shares of the sides .0 to 1.*--frame shares"): evaluate_file(written(tmp_path, ['{"expression_id": "%s", "predicted": [0.9, 0.1, 0.95, 0.15]}' % e for e in "abc"]), dataset(), draws=2)
+    with pytest.raises(ValueError, match="unknown frame 'yolo': use one of pixel, shares"): evaluate_file(written(tmp_path, GOOD), dataset(), draws=2, frame="yolo")
+    assert {"pixel", "qwen2_5_vl", "geochat"} < set(FRAME_NAMES)
+
+
+def test_the_command_says_the_frame_and_every_mistake_in_one_line(shared, tmp_path, capsys):
+    from rsground_nb.run import main
+
+    rows, data = load_folder(shared / "aerial_mini")[0]["test"].remove_columns("image"), str(shared / "aerial_mini")
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([dict(expression_id=r["expression_id"], predicted=[v / s for v, s in zip(r["box"], (r["width"], r["height"]) * 2)]) for r in rows]))
+    assert main(["evaluate", str(path), "--data", data]) == 0 and "--frame shares" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--data", data, "--frame", "shares", "--out", str(tmp_path / "tables")]) == 0 and capsys.readouterr().err == ""
+    assert pd.read_csv(tmp_path / "tables" / "modes.csv").set_index("mode").meanIoU["standard"] == pytest.approx(1)
+    (tmp_path / "p.zip").write_bytes(b"PK\x03\x04")
+    for words, said in (([str(tmp_path / "p.zip")], "a zip file: unpack it"), ([str(tmp_path)], "is a folder"), (["none.jsonl"], "there is no prediction file"), ([str(path), "--seed", "-1"], "--seed -1"),
+                        ([str(path), "--frame", "yolo"], "unknown frame 'yolo'")):
+        assert main(["evaluate", *words, "--data", data]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and "Errno" not in error
 
 
 # ---- strata
