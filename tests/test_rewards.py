@@ -266,3 +266,23 @@ def test_the_example_of_the_readme_trains_with_trls_own_trainer(tmp_path, monkey
     exec(example, page)
     log = page["trainer"].state.log_history
     assert type(page["trainer"]).__module__.startswith("trl.") and {f"rewards/{n}_reward/mean" for n in ("format", "iou", "positional")} <= set(log[0])
+
+
+@pytest.mark.parametrize("widths", [-40, -12, -10, -3, 0, 3, 9, 10, 11, 20, 45])
+def test_the_area_reading_keeps_its_digits_far_away(widths):
+    """Against the integral of the kernel, whose terms are all positive: nothing cancels."""
+    lo, scale = 20.0 * widths, 1 / (2 * 25 ** 2)
+    at = lo + (POINTS + 1) / 2 * 20 - 10
+    mean = (WEIGHTS * np.exp(-at ** 2 * scale)).sum() / 2
+    middle = (WEIGHTS * np.exp(-((POINTS + 1) / 2 * 20 - 10) ** 2 * scale)).sum() / 2
+    assert one((lo, 0, lo + 20, 20), (0, 0, 20, 20), reading="area") == pytest.approx(mean * middle, rel=1e-8) and mean > 0
+
+
+@pytest.mark.parametrize("name", box_rewards())
+def test_no_finite_number_makes_a_reward_leave_its_range_or_spoils_a_slope(name):
+    for size in (1e-300, 1e-99, 1e9, 1e99, 1e150, 1e308):
+        both = [(0, 0, size, size), (-size, -size, size, size), (size / 2, 0, size, 20), (0, 0, 20, 20)]
+        said = torch.tensor([b for b in both for _ in both], dtype=torch.float64, requires_grad=True)
+        value = box_rewards()[name](said, torch.tensor(both * 4, dtype=torch.float64), 100.0)
+        assert ((value >= -1) & (value <= 1 + 1e-12)).all(), size
+        if value.requires_grad: assert torch.isfinite(torch.autograd.grad(value.sum(), said)[0]).all(), size
