@@ -37,7 +37,8 @@ FEATURES = Features(
     image=Image(), expression=Value("string"), box=List(Value("float64"), length=4), width=Value("int32"), height=Value("int32"),
     category=Value("string"), polygon=List(Value("float64")), mask=Value("string"), source=Value("string"),
     image_id=Value("string"), expression_id=Value("string"), split=Value("string"),
-    objects=List({"category": Value("string"), "colour": Value("string"), "box": List(Value("float64"), length=4)}))
+    objects=List({"category": Value("string"), "colour": Value("string"), "box": List(Value("float64"), length=4)}),
+    hops=Value("int32"))
 
 def to_dataset(
     records: list,  # dicts with the keys of FEATURES; a missing key counts as None
@@ -79,7 +80,7 @@ def compare_rows(
     return findings
 
 # %% ../nbs/03_data.ipynb #e1e246bb
-READER_VERSION = 2  # raise when a reader changes what it makes of a file
+READER_VERSION = 3  # raise when a reader changes what it makes of a file
 
 def fingerprint(paths: list, *more) -> str:
     "SHA-256 over name, size and modification time of every file in `paths` and their sub-folders, and over `more`. Links to folders are followed in the first level only; what cannot be listed counts as nothing."

@@ -9,10 +9,10 @@ __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'READ_ERRORS', 'SPLITS', 'VRSBEN
            'PlainUnpickler', 'open_pickle', 'open_image', 'image_size', 'same_letters', 'ImageFolder', 'lines_of',
            'declared_size', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr',
            'percent_box', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo',
-           'known_mask', 'image_mask', 'jsonl_parts', 'read_objects', 'read_jsonl', 'coco_runs', 'polygon_mask',
-           'open_instances', 'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases', 'find_stem',
-           'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of', 'formats_of',
-           'has_descriptions', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
+           'known_mask', 'image_mask', 'jsonl_parts', 'read_objects', 'read_hops', 'read_jsonl', 'coco_runs',
+           'polygon_mask', 'open_instances', 'coco_row', 'refuse_ambiguous', 'read_coco', 'read_refer', 'read_phrases',
+           'find_stem', 'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'read_yolo', 'Layout', 'files_of',
+           'formats_of', 'has_descriptions', 'guess_file', 'guess_format', 'read_rows', 'read_files', 'look_deeper']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -247,8 +247,9 @@ def same_letters(text: str) -> str:
 # %% ../nbs/02b_files.ipynb #729390c4
 class ImageFolder:
     "The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: images are not looked for."
-    def __init__(self, folders: list | None, probe: bool = False):
+    def __init__(self, folders: list | None, probe: bool = False, detections: bool = False):
         self.folders, self.probe, self.listed, self.sizes = folders and [Path(f) for f in folders], probe, {}, {}
+        self.detections = detections  # objects are wanted, whether there is a sentence about them or not
 
     def entries(self, place: Path) -> dict:
         "Name -> whether it is a link, for a folder or sub-folder of images; listed once."
@@ -327,7 +328,8 @@ def read_xml(
         corners = element.find("bndbox")
         if corners is None: raise Defect("no box", "no bndbox")
         return dict(image=image and str(image), image_id=name, expression_id=f"{path.stem}:{k}", expression=(element.findtext(text) or "").strip(), box=numbers([corners.findtext(c) for c in CORNERS], CORNERS),
-                    width=width, height=height, category=element.findtext("name"), source=source)
+                    width=width, height=height, category=element.findtext("name"), source=source,
+                    doubtful=next((flag for flag in ("difficult", "truncated") if (element.findtext(flag) or "").strip() == "1"), None))
 
     return collect(((line, f"object {k}", (k, e)) for k, (line, e) in enumerate(zip(lines, elements))), path.name, row)
 
@@ -500,6 +502,11 @@ def read_objects(found) -> list | None:
     def known(o, name): return None if o.get(name) is None else text_field(o, name)
     return [dict(category=text_field(o, "category"), colour=known(o, "colour"), box=numbers(field(o, "box"), CORNERS)) for o in found]
 
+def read_hops(found) -> int | None:
+    "How many steps it takes to find the object, a whole number from 1; None stays None. Raises Defect."
+    if found is not None and (type(found) is not int or found < 1): raise Defect("wrong fields", f"hops is not a whole number from 1: {quote(found)}")
+    return found
+
 def read_jsonl(path: Path, images: ImageFolder) -> tuple:
     "JSON lines of this package (image, expression, box, ...), of VLM-R1 (image, conversations) or EasyR1 (images, problem, answer.bbox); boxes in original pixels. A row may name its split."
     def row(item):
@@ -513,7 +520,7 @@ def read_jsonl(path: Path, images: ImageFolder) -> tuple:
         mask = r.get("mask") and width and coco_runs(parse_json(text_field(r, "mask")), width, height)
         return dict(image=image and str(image), image_id=text_of(r.get("image_id") or name, "image_id"), expression_id=text_of(r.get("expression_id") or f"{path.stem}:{line}", "expression_id"), expression=expression, box=box,
                     width=width, height=height, category=r.get("category"), polygon=r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8), mask=mask or None, source=r.get("source") or "jsonl",
-                    objects=read_objects(r.get("objects")) if "expression" in r else None, **({"split": r["split"]} if r.get("split") else {}))
+                    objects=read_objects(r.get("objects")) if "expression" in r else None, hops=read_hops(r.get("hops")), **({"split": r["split"]} if r.get("split") else {}))
     return collect(((k, "", (k, text)) for k, _, text in text_lines(path)), path.name, row)
 
 # %% ../nbs/02b_files.ipynb #3ae2b9c9
@@ -552,17 +559,19 @@ def coco_row(a, pictures, names, images) -> dict:
     "Everything but the expression of one annotation. Raises Defect."
     picture = pictures.get(text_field(a, "image_id"))
     if picture is None: raise Defect("missing image", f"no image with id {quote(a['image_id'])}")
-    if a.get("iscrowd"): raise Defect("crowd", "a crowd (iscrowd), not one object")
+    if a.get("iscrowd") and not images.detections: raise Defect("crowd", "a crowd (iscrowd), not one object")
     name = text_field(picture, "file_name")
     image = images.find(name)
     width, height = images.size(image, tuple(int(number(picture.get(s), s)) for s in ("width", "height")))
     mask = coco_runs(a.get("segmentation"), width, height)
     x, y, w, h = numbers(field(a, "bbox"), ("x", "y", "width", "height"))
     kind = names.get(str(a.get("category_id")))
-    return dict(image=image and str(image), image_id=name, box=[x, y, x + w, y + h], width=width, height=height, category=kind, mask=mask)
+    return dict(image=image and str(image), image_id=name, box=[x, y, x + w, y + h], width=width, height=height, category=kind, mask=mask,
+                doubtful="crowd" if a.get("iscrowd") else None)
 
-def refuse_ambiguous(rows, findings, called):
+def refuse_ambiguous(rows, findings, called, images):
     "Refuses rows that say no more than what several objects of their image are called; `called` has one entry per item, usable or not."
+    if images.detections: return rows, findings
     counts, kept, findings = Counter(called), [], list(findings)
     for r, name in zip(rows, called):
         alone = not (r and r.pop("only_category", False)) or counts[name] == 1
@@ -580,7 +589,7 @@ def read_coco(path: Path, images: ImageFolder) -> tuple:
         if not (said or found["category"]): raise Defect("no expression", f"no text, and no category with id {quote(a.get('category_id'))}")
         return dict(found, expression=said or f"the {found['category']}", only_category=said is None, expression_id=f"{path.stem}:{text_field(a, 'id')}", source="coco")
     called = [(quote(a.get("image_id")), quote(a.get("category_id"))) if isinstance(a, dict) else k for k, a in enumerate(annotations)]
-    return refuse_ambiguous(*collect(((None, f"annotation {quote(a.get('id')) if isinstance(a, dict) else k}", a) for k, a in enumerate(annotations)), path.name, row), called)
+    return refuse_ambiguous(*collect(((None, f"annotation {quote(a.get('id')) if isinstance(a, dict) else k}", a) for k, a in enumerate(annotations)), path.name, row), called, images)
 
 # %% ../nbs/02b_files.ipynb #4b6402aa
 def read_refer(path: Path, images: ImageFolder) -> tuple:
@@ -635,7 +644,7 @@ def read_voc(path: Path, images: ImageFolder) -> tuple:
     "Pascal VOC XML: like DIOR-RSVG without descriptions; the splits are lists of file stems in ImageSets/Main/. The expression is the name, if the image holds one of it."
     rows, findings = read_xml(path, images, text="name")
     called = [e.findtext("name") for e in open_xml(path)[0].findall("object")]
-    return refuse_ambiguous([r and dict(r, expression=f"the {r['category']}", only_category=True) for r in rows], findings, called)
+    return refuse_ambiguous([r and dict(r, expression=f"the {r['category']}", only_category=True) for r in rows], findings, called, images)
 
 def splits_of_stems(root: Path) -> tuple:
     "(stem -> its splits, findings) from ImageSets/Main/*.txt or *.txt of a VOC folder; a line may end in a mark such as 1 or -1."
@@ -684,7 +693,7 @@ def read_yolo(path: Path, images: ImageFolder) -> tuple:
         return dict(image=image and str(image), image_id=image.relative_to(images.folders[0]).as_posix() if image else path.stem, expression_id=f"{'/'.join(inside)}:{line}", expression=f"the {category}", only_category=True, category=category,
                     box=[x - w / 2, y - h / 2, x + w / 2, y + h / 2], width=width, height=height, source="yolo")
     rows, findings = collect(((k, "", (k, text)) for k, _, text in text_lines(path)), path.name, row)
-    rows, findings = refuse_ambiguous(rows, findings, [r["category"] if r else k for k, r in enumerate(rows)])
+    rows, findings = refuse_ambiguous(rows, findings, [r["category"] if r else k for k, r in enumerate(rows)], images)
     if names is None and images.folders: findings.append(Finding("no class names", "neither classes.txt nor data.yaml: objects are called by number", path.name, kept=True))
     return rows, findings
 
@@ -757,6 +766,7 @@ def read_rows(
     format: str | None = None,    # a key of LAYOUTS; None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own; for a single file: None, images are not looked for
     probe: bool = False,          # read the header of every image
+    detections: bool = False,     # rows are objects: several of one category are no defect, a crowd is a row with `doubtful`
 ) -> tuple:
     "(format, rows, findings): the usable rows of a dataset, and everything that is odd about its files. Raises ValueError for a path that is in none of the layouts."
     path = Path(path)
@@ -770,7 +780,7 @@ def read_rows(
     files = [("", path)] if path.is_file() else [("", p) for p in annotation_files(path)] if whole and (path / "Annotations").is_dir() else files_of(path, layout)
     if not files: raise ValueError(f"{path} holds no file of format {format}: {', '.join(p for patterns in layout.files.values() for p in patterns)}")
     folders = [Path(images)] if images else [root / f for f in layout.images if (root / f).is_dir()] if path.is_dir() else []
-    known, findings = ImageFolder(folders or None, probe), []
+    known, findings = ImageFolder(folders or None, probe, detections), []
     if path.is_dir() and not folders: findings.append(Finding("missing image", f"no image folder ({' or '.join(layout.images)}): images were not looked for", root.name, kept=True))
     findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", root.name, kept=True) for n in fitting[1:]]
     rows, found = read_dior_rsvg(path, known) if whole else read_files(files, root, read_xml if format == "dior_rsvg" else layout.read, known)

@@ -14,7 +14,7 @@ __all__ = ['MARGIN', 'EDGE', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'CORNERS', 
 # %% ../nbs/01b_sentences.ipynb #e230f7fe
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import dist
 
 import numpy as np
@@ -29,19 +29,20 @@ class Seen:
     visible: float = 1.0       # share of it that is seen
     sure: bool = True          # False: a reader may count it or not
 
-    @property
+    @cached_property
     def centre(self): x1, y1, x2, y2 = self.box; return (x1 + x2) / 2, (y1 + y2) / 2
 
-    @property
+    @cached_property
     def area(self): x1, y1, x2, y2 = self.box; return (x2 - x1) * (y2 - y1) / self.visible
 
-    @property
+    @cached_property
     def sizes(self):
         "Area and squared diagonal: the box of an object that is turned has another area, but much the same diagonal."
         x1, y1, x2, y2 = self.box
         return self.area, ((x2 - x1) ** 2 + (y2 - y1) ** 2) / self.visible
 
-    def spots(self, axis): return self.box[axis], self.centre[axis], self.box[axis + 2]
+    @cached_property
+    def spots(self): return [(self.box[axis], self.centre[axis], self.box[axis + 2]) for axis in (0, 1)]
 
 @dataclass(eq=False)
 class Picture:
@@ -69,7 +70,7 @@ def same_kind(picture, category):
 
 def lead(a, b, axis, sign):
     "By how many pixels `a` lies further in a direction than `b`, for the least of their marks; negative if it does not."
-    return min(sign * (p - q) for p, q in zip(a.spots(axis), b.spots(axis)))
+    return min([sign * (p - q) for p, q in zip(a.spots[axis], b.spots[axis])])
 
 def larger(picture, a, b):
     "True if what is seen of `a` is larger than the whole of `b` by the factor, in every measure."
@@ -93,9 +94,11 @@ def describe(
     "[the sentence with these parts] if it is proven to mean this object only, else []."
     words, test = where or ("", lambda t: True)
     if not thing.sure or not test(thing): return []
-    rivals = [t for t in same_kind(picture, thing.category) if t is not thing and colour in ("", t.colour) and test(t) is not False]
-    if pick and not (any(t.sure and test(t) for t in rivals) and beats(picture, thing, pick, rivals)): return []
-    if rivals and not pick: return []
+    same = same_kind(picture, thing.category)
+    rivals = (t for t in same if t is not thing and colour in ("", t.colour) and test(t) is not False)
+    if not pick and next(rivals, None): return []
+    beaten = list(rivals) if pick else []
+    if pick and not (any(t.sure and test(t) for t in beaten) and beats(picture, thing, pick, beaten)): return []
     return [" ".join(part for part in ("the", pick, colour, thing.category, words) if part)]
 
 def by_name(picture, thing):
@@ -176,7 +179,7 @@ def first_name(picture, thing, by):
 def anchors(picture, category, by=(by_name,)):
     "(object, name) for the objects of other categories that one of the rules can name."
     for t in picture.things:
-        if t.category != category and (name := first_name(picture, t, by)): yield t, name
+        if t.category != category and t.sure and (name := first_name(picture, t, by)): yield t, name
 
 def by_relation(picture, thing):
     "'the ship left of the red tank', if no other ship lies left of it and the anchor is the only red tank."
@@ -186,7 +189,7 @@ def by_relation(picture, thing):
 def by_same(picture, thing):
     "'the ship left of the largest ship': a relation to an object of the same category."
     for anchor in same_kind(picture, thing.category):
-        name = None if anchor is thing else first_name(picture, anchor, (by_size, by_end))
+        name = first_name(picture, anchor, (by_size, by_end)) if anchor.sure and anchor is not thing else None
         for words in RELATIONS if name else (): yield from describe(picture, thing, where=beside(picture, words, anchor, name))
 
 def gap(a, b):
@@ -287,12 +290,13 @@ def names_in_two_steps(picture, anchor, thing):
     for text in by_half(picture, anchor): yield text, text.split()[-2]
 
 def by_pick_beside(picture, thing):
-    "'the largest ship left of the rightmost ship', where neither part is enough."
-    for anchor in same_kind(picture, thing.category):
-        name = None if anchor is thing else first_name(picture, anchor, (by_end,))
-        for where in [beside(picture, words, anchor, name) for words in RELATIONS] if name else ():
+    "'the topmost ship left of the largest ship', where neither part is enough."
+    for anchor in same_kind(picture, thing.category) if thing.sure else ():
+        name = first_name(picture, anchor, (by_size, by_end)) if anchor.sure and anchor is not thing else None
+        for words, (axis, _) in RELATIONS.items() if name else ():
+            where = beside(picture, words, anchor, name)
             if not where[1](thing) or describe(picture, thing, where=where): continue
-            for pick in SIZES:
+            for pick in (*SIZES, *(end for end in ENDS if ENDS[end][0] != axis)):
                 if not describe(picture, thing, pick): yield from describe(picture, thing, pick, where=where)
 
 def by_chain(picture, thing):
@@ -313,7 +317,7 @@ def sentences(
     rules=tuple(RULES),
 ) -> list:
     "All provable (sentence, object, rule) of a picture."
-    return [(text, thing, rule) for rule in rules for thing in picture.things for text in RULES[rule](picture, thing)]
+    return [(text, thing, rule) for rule in rules for thing in picture.things if thing.sure for text in RULES[rule](picture, thing)]
 
 # %% ../nbs/01b_sentences.ipynb #87816c20
 COLOUR_WORDS = ("white", "red", "blue", "yellow", "black", "orange", "green", "purple", "turquoise", "bright", "dark", "grey", "brown")
@@ -422,5 +426,6 @@ def choose(picture, rng, rules=tuple(RULES), hops=None):
     categories = tuple(sorted({*picture.categories, *(t.category for t in picture.things)}))
     for rule in rng.permutation(rules).tolist():
         for k in rng.permutation(len(picture.things)):
+            if not picture.things[k].sure: continue  # no rule speaks of it
             found = [text for text in RULES[rule](picture, picture.things[k]) if hops is None or count_hops(text, categories) == hops]
             if found: return found[rng.integers(len(found))], picture.things[k], rule
