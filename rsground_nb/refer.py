@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DETECTIONS', 'SMALLEST', 'BORDER', 'read_detections', 'plain_name', 'why_doubtful', 'clipped', 'as_seen',
            'spread_out', 'look', 'windows_of', 'by_picture', 'ask', 'refer', 'as_row', 'image_name', 'put_images',
-           'as_line', 'count_table', 'write_audit', 'write_refer', 'load_real_samples']
+           'as_line', 'count_table', 'write_audit', 'check_options', 'write_refer', 'load_real_samples']
 
 # %% ../nbs/03d_refer.ipynb #d6094f06
 import json
@@ -203,6 +203,15 @@ def write_audit(rows: list, path: Path, refused: dict, count: int, seed: int):
     table = count_table(rows).reset_index().to_dict("records")
     path.write_text(pages.get_template("refer.html").render(cards=cards, table=table, refused=refused, total=len(rows)), encoding="utf-8")
 
+def check_options(windows, seed, hops, smallest):
+    "Raises ValueError for an option out of its range."
+    for w in windows:
+        if w < 1: raise ValueError(f"windows must be at least 1 px, not {w}")
+    for n in hops:
+        if n not in (1, 2, 3): raise ValueError(f"hops must be 1, 2 or 3, not {n}")
+    if not smallest >= 0: raise ValueError(f"smallest must be at least 0 px, not {smallest:g}")
+    if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
+
 def write_refer(
     path: str | Path, out: str | Path,  # a detection dataset, and a new folder outside of it
     windows=(), seed: int = 0, hops=(1, 2, 3), smallest: float = SMALLEST,
@@ -211,8 +220,7 @@ def write_refer(
 ) -> tuple:
     "(rows, refused, findings); the folder holds train.jsonl, ..., images/, counts.json and audit.html. Raises ValueError; then nothing is written."
     check_target(out, path)
-    bad = [w for w in (*windows, smallest) if w < 1] + [n for n in hops if n not in (1, 2, 3)]
-    if bad: raise ValueError(f"windows and the smallest size must be at least 1 px, hops 1, 2 or 3, not {bad[0]}")
+    check_options(windows, seed, hops, smallest)
     found, findings = read_detections(path, format, images)
     if any(row["image"] is None for row in found): raise ValueError(f"{path} has no image folder: name it with --images")
     rows, refused = refer(found, windows, seed, hops, smallest=smallest)

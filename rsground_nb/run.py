@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'whole_path', 'new_run',
-           'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'cot_options', 'Parser',
-           'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable', 'evaluate_command',
-           'split_command', 'student_of', 'server_of', 'cot_command', 'main']
+           'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of', 'cot_options', 'refer_options',
+           'Parser', 'parser', 'free_folder', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'readable',
+           'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of', 'cot_command', 'main']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from .scale import get_scale
 
 # %% ../nbs/90_run.ipynb #8d58fddc
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "09c_launch", "10_evaluate", "90_run"]
+CHAPTERS = ["00_scale", "01_boxes", "01b_sentences", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "03d_refer", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "09c_launch", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -214,6 +214,18 @@ def cot_options(cot):
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
 # %% ../nbs/90_run.ipynb #7fe65936
+def refer_options(refer):
+    "Add the options of `rsground data refer`."
+    refer.add_argument("path", help="a detection dataset: COCO, YOLO, VOC or DOTA; a folder or one of its files")
+    refer.add_argument("out", help="the new folder, outside of it; --data reads it")
+    refer.add_argument("--window", type=int, nargs="+", default=(), help="sides of windows, px, besides whole pictures")
+    refer.add_argument("--hops", type=int, nargs="+", default=(1, 2, 3), help="numbers of steps to ask for; default 1 2 3")
+    refer.add_argument("--smallest", type=float, default=12, help="no question about a box with a shorter side, px; default 12")
+    refer.add_argument("--seed", type=int, default=0, help="default 0")
+    refer.add_argument("--samples", type=int, default=60, help="sentences on the page; default 60")
+    refer.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    refer.add_argument("--images", help="the image folder, if it is not the layout's own")
+
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
@@ -251,6 +263,7 @@ def parser():
     split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
     split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    refer_options(data.add_parser("refer", allow_abbrev=False, help="make sentences about the boxes of a detection dataset"))
     return main
 
 # %% ../nbs/90_run.ipynb #4fa51fa0
@@ -349,6 +362,23 @@ def evaluate_command(args):
         for name, table in (("modes", modes), ("strata", strata)): table.assign(split=split, hash=split_hash(splits[split])).to_csv(Path(args.out) / f"{name}.csv", index=False)
     return 0
 
+def refer_command(args):
+    "`rsground data refer`: exit code 0, or 2 (bad input)."
+    from rsground_nb.data import load_folder, split_hash
+    from rsground_nb.refer import count_table, write_refer
+    try:
+        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops, args.smallest, args.format, args.images, args.samples)
+        hashes = {name: split_hash(part) for name, part in load_folder(args.out)[0].items()}
+    except (ValueError, OSError) as e:
+        print(f"rsground: {e}", file=sys.stderr)
+        return 2
+    print(f"{count_table(rows).to_string()}\n\nrefused:")
+    for why, count in refused.most_common(): print(f"  {count:6d}  {why}")
+    for name, value in hashes.items(): print(f"{name}: hash {value}")
+    print(f"{len(rows)} sentences: --data {args.out}; to look at them: {args.out}/audit.html"
+          + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
+    return 0
+
 def split_command(args):
     "`rsground data split`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import split_folder
@@ -420,6 +450,7 @@ def main(
     if args.command == "evaluate": return evaluate_command(args)
     if args.command == "cot": return cot_command(args)
     if args.task == "split": return split_command(args)
+    if args.task == "refer": return refer_command(args)
     from rsground_nb.doctor import doctor
     return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)
 
