@@ -30,7 +30,7 @@ from .boxes import Codec
 from .data import data_parts, load_data
 from .files import plain_yaml, printable
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import codec_of, load_vlm, lora_config, memory_plan
+from .model import codec_of, load_vlm, lora_config, memory_plan, merged
 from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards
 from .scale import finish_stage, get_scale, locked, stage_ready, start
 from .sft import Safeguard, catch_up, last_checkpoint
@@ -127,9 +127,10 @@ def plan(
 ) -> pd.Series:
     "`memory_plan` of chapter 04 for one process, in GiB. Weights are counted whole, as without sharding; vLLM's own memory is not counted."
     grpo = hasattr(training, "num_generations")
+    dtype = torch.bfloat16 if training.bf16 and not model.use_peft else getattr(torch, model.dtype)  # without LoRA: what autocast computes in
     written = training.per_device_train_batch_size * training.steps_per_generation if grpo and not training.use_vllm else 0
     return memory_plan(config, model.lora_r if model.use_peft else 0, written, training.per_device_train_batch_size, side, side, data.max_pixels,
-                       completion_tokens=training.max_completion_length if grpo else answer_tokens, dtype=getattr(torch, model.dtype), checkpointing=training.activation_checkpointing)
+                       completion_tokens=training.max_completion_length if grpo else answer_tokens, dtype=dtype, checkpointing=training.activation_checkpointing)
 
 def plan_line(plan: pd.Series) -> str:
     "The plan as the comment that stands in the ready files."
@@ -153,10 +154,13 @@ def load_rows(
 def load_model(
     data: DataArguments, model: ModelConfig,
 ) -> tuple:
-    "(model, processor), the vision tower frozen. Raises ValueError if there is no such model."
+    "(model, processor), the vision tower frozen. Raises ValueError if there is no such model, or if weights of 16 bit would be trained."
     name, quantized = model.model_name_or_path, get_quantization_config(model)
     more = {"quantization_config": quantized} if quantized else {}
     if not name: raise ValueError('model_name_or_path is missing: "tiny", a local folder, or a hub name')
+    if not model.use_peft and model.dtype != "float32":
+        raise ValueError(f"dtype: {model.dtype} with use_peft: false would train weights of 16 bit, where most small steps are rounded to nothing: take "
+                         "dtype: float32 (bf16: true stays; it computes in 16 bit), or use_peft: true")
     try: vlm, processor = load_vlm(name, data.max_pixels, dtype=model.dtype, attn_implementation=model.attn_implementation, **more)
     except OSError as e: raise ValueError(f"model_name_or_path {name}: no folder with a model here, and not to be had from the hub ({str(e).splitlines()[0]})") from None
     vlm.model.visual.requires_grad_(False)
@@ -215,18 +219,20 @@ def is_finished(
 # %% ../nbs/09c_launch.ipynb #2a014428
 def save_trained(
     trainer, processor,
-    data: DataArguments, model: ModelConfig,
+    model: ModelConfig,
 ):
-    "`model` (adapter merged in), `adapter` with LoRA, and log.csv, in output_dir. Every process calls it."
+    "`model` (adapter merged in, in float32), `adapter` with LoRA, and log.csv, in output_dir. Every process calls it."
     out, lora = Path(trainer.args.output_dir), model.use_peft
     trainer.save_model(str(out / ("adapter" if lora else "model")))
     if trainer.is_deepspeed_enabled: unset_hf_deepspeed_config()  # the copy below is loaded whole, by one process
     if not trainer.is_world_process_zero(): return
-    if lora: PeftModel.from_pretrained(load_model(data, model)[0], out / "adapter").merge_and_unload().save_pretrained(out / "model")
+    if lora:
+        base, _ = load_vlm(model.model_name_or_path, dtype=torch.float32)  # also where 4 or 8 bits were trained beside
+        merged(PeftModel.from_pretrained(base, out / "adapter")).save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     pd.DataFrame([r for r in trainer.state.log_history if "loss" in r]).to_csv(out / "log.csv", index=False)
 
-def carry_out(trainer, processor, data: DataArguments, model: ModelConfig, settings: dict) -> int:
+def carry_out(trainer, processor, model: ModelConfig, settings: dict) -> int:
     "Train, save, and leave the slip: exit code 0, or 130 (interrupted)."
     out, resume, first = Path(trainer.args.output_dir), trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
     found = last_checkpoint(out) if resume is True else Path(resume) if resume else None
@@ -236,7 +242,7 @@ def carry_out(trainer, processor, data: DataArguments, model: ModelConfig, setti
     except KeyboardInterrupt:
         if first: print(f"\nrsground: interrupted; the same command with --resume_from_checkpoint true goes on from the last checkpoint in {out}", file=sys.stderr)
         return 130
-    save_trained(trainer, processor, data, model)
+    save_trained(trainer, processor, model)
     if first: finish_stage(out, **settings)
     return 0
 
@@ -260,4 +266,4 @@ def train_command(
     if finished:
         if training.process_index == 0: print(f"{out} holds this run, finished: nothing to do")
         return 0
-    with held: return carry_out(trainer, processor, data, model, settings)
+    with held: return carry_out(trainer, processor, model, settings)

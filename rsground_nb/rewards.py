@@ -33,17 +33,20 @@ def format_score(
 def paired(
     boxes: torch.Tensor, targets: torch.Tensor,  # (n, 4)
 ):
-    "(usable, boxes, targets): (n,) whether both are finite and have an area, and both in double precision with unit boxes in place of unusable pairs."
+    "(usable, boxes, targets): (n,) whether both have an area and are finite (numbers below 1e100, sides above 1e-100), and both in double precision with unit boxes in place of unusable pairs."
     boxes, targets = boxes.double(), targets.double()
-    usable = (torch.isfinite(boxes) & torch.isfinite(targets)).all(-1) & ((boxes[..., 2:] > boxes[..., :2]) & (targets[..., 2:] > targets[..., :2])).all(-1)
+    def fine(b): return (b.abs() < 1e100).all(-1) & (b[..., 2:] - b[..., :2] > 1e-100).all(-1)
+    usable = fine(boxes) & fine(targets)
     unit = boxes.new_tensor([0, 0, 1, 1])
     return usable, torch.where(usable[..., None], boxes, unit), torch.where(usable[..., None], targets, unit)
 
 def along(lo, hi, centre, sigma, reading):
     "One axis of the positional reward."
-    if reading == "center": return torch.exp(-((lo + hi) / 2 - centre) ** 2 / (2 * sigma ** 2))
+    if reading == "center": return torch.exp(-(((lo + hi) / 2 - centre) / sigma).clamp(-40, 40) ** 2 / 2)
     a, b = ((edge - centre) / (sigma * math.sqrt(2)) for edge in (lo, hi))
-    return sigma * math.sqrt(math.pi / 2) * (torch.erf(b) - torch.erf(a)) / (hi - lo)
+    a, b = torch.where(a + b < 0, -b, a).clamp(-30, 30), torch.where(a + b < 0, -a, b).clamp(-30, 30)  # the kernel is even
+    mass = torch.where(a > 0, torch.erfc(a) - torch.erfc(b), torch.erf(b) - torch.erf(a))  # far away both erf are 1
+    return mass * (sigma / (hi - lo)) * math.sqrt(math.pi / 2)
 
 def positional(
     boxes: torch.Tensor,    # (n, 4) predicted, any common frame

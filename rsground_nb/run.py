@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'what_changed',
            'whole_path', 'new_run', 'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of',
-           'cot_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder', 'readable_runs',
-           'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell', 'write_tables',
-           'evaluate_command', 'split_command', 'student_of', 'server_of', 'cot_command', 'main', 'command']
+           'cot_options', 'refer_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder',
+           'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell',
+           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of',
+           'cot_command', 'main', 'command']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +28,7 @@ from pathlib import Path
 from .scale import get_scale, locked, write_whole
 
 # %% ../nbs/90_run.ipynb #8d58fddc
-CHAPTERS = ["00_scale", "01_boxes", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "09c_launch", "10_evaluate", "90_run"]
+CHAPTERS = ["00_scale", "01_boxes", "01b_sentences", "02_scenes", "02b_files", "03_data", "03b_doctor", "03c_grammar", "03d_refer", "04_model", "04b_pretrain", "05_cot", "05b_filters", "05c_chat", "05d_synthesis", "06_sft", "07_rewards", "07b_rivals", "07c_bandit", "08_consistency", "08b_rollouts", "09_grpo", "09b_train", "09c_launch", "10_evaluate", "90_run"]
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
@@ -227,6 +229,18 @@ def cot_options(cot):
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
 # %% ../nbs/90_run.ipynb #7fe65936
+def refer_options(refer):
+    "Add the options of `rsground data refer`."
+    refer.add_argument("path", help="a detection dataset: COCO, YOLO, VOC or DOTA; a folder or one of its files")
+    refer.add_argument("out", help="the new folder, outside of it; --data reads it")
+    refer.add_argument("--window", type=int, nargs="+", default=(), help="sides of windows, px, besides whole pictures")
+    refer.add_argument("--hops", type=int, nargs="+", default=(1, 2, 3), help="numbers of steps to ask for; default 1 2 3")
+    refer.add_argument("--smallest", type=float, default=12, help="no question about a box with a shorter side, px; default 12")
+    refer.add_argument("--seed", type=int, default=0, help="default 0")
+    refer.add_argument("--samples", type=int, default=60, help="sentences on the page; default 60")
+    refer.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    refer.add_argument("--images", help="the image folder, if it is not the layout's own")
+
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
@@ -246,6 +260,7 @@ def parser():
     score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
+    score.add_argument("--frame", default="pixel", metavar="NAME", help="that the predictions are written in: pixel (default), shares, percent, thousandths, xywh, or a codec of chapter 01")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
     cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
@@ -258,12 +273,16 @@ def parser():
     doctor.add_argument("--images", help="the image folder, if it is not the layout's own")
     doctor.add_argument("--manifest", help="write the good rows as JSON lines into this new file")
     doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
+    doctor.add_argument("--all", action="store_true", help="list all findings, not the first ten of each kind")
+    doctor.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
     split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with --data FILE@FOLDER")
     split.add_argument("path", help="a dataset's folder")
     split.add_argument("out", help="the new file, outside of it")
     split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
     split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    split.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
+    refer_options(data.add_parser("refer", allow_abbrev=False, help="make sentences about the boxes of a detection dataset"))
     return main
 
 # %% ../nbs/90_run.ipynb #4fa51fa0
@@ -389,25 +408,44 @@ def write_tables(folder, **tables):
 def evaluate_command(args):
     "`rsground evaluate`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import data_parts, held_out, load_folder, split_hash
-    from rsground_nb.evaluate import evaluate_file
+    from rsground_nb.evaluate import evaluate_file, lines_or_items
     try:
         check_numbers(args)
+        lines_or_items(args.predictions)  # what is no prediction file is refused before the data are read
         path, images = data_parts(args.data)
         splits, findings = load_folder(path, images=images)
         split = args.split or held_out(splits)
         if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
         if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
-        modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, **allow)
+        with warnings.catch_warnings(record=True) as said: modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
         about = dict(split=split, hash=split_hash(splits[split]))
         if args.out: write_tables(args.out, modes=modes.assign(**about), strata=strata.assign(**about))
     except (ValueError, OSError) as e:
         complain(e)
         return 2
+    for warning in said: complain(warning.message)
     lost = sum(f.rows for f in findings if not f.kept)
     if lost: show(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
     show(f"{args.predictions} against {split} of {args.data}, hash {about['hash']}")
     show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+    return 0
+
+def refer_command(args):
+    "`rsground data refer`: exit code 0, or 2 (bad input)."
+    from rsground_nb.data import load_folder, split_hash
+    from rsground_nb.refer import count_table, write_refer
+    try:
+        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops, args.smallest, args.format, args.images, args.samples)
+        hashes = {name: split_hash(part) for name, part in load_folder(args.out)[0].items()}
+    except (ValueError, OSError) as e:
+        print(f"rsground: {e}", file=sys.stderr)
+        return 2
+    print(f"{count_table(rows).to_string()}\n\nrefused:")
+    for why, count in refused.most_common(): print(f"  {count:6d}  {why}")
+    for name, value in hashes.items(): print(f"{name}: hash {value}")
+    print(f"{len(rows)} sentences: --data {args.out}; to look at them: {args.out}/audit.html"
+          + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
     return 0
 
 def split_command(args):
@@ -415,7 +453,7 @@ def split_command(args):
     from rsground_nb.data import split_folder
     try:
         check_numbers(args)
-        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format)
+        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format, args.frame)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
@@ -494,8 +532,9 @@ def command(words: list) -> int:
     if args.command == "evaluate": return evaluate_command(args)
     if args.command == "cot": return cot_command(args)
     if args.task == "split": return split_command(args)
+    if args.task == "refer": return refer_command(args)
     from rsground_nb.doctor import doctor
-    return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)
+    return doctor(args.path, args.format, args.manifest, args.images, not args.quick, args.frame, args.all)
 
 # %% ../nbs/90_run.ipynb #5c60a231
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())  # not in a notebook
