@@ -344,11 +344,13 @@ def evaluate_command(args):
         if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
         if args.out: Path(args.out).mkdir(parents=True)
-        with warnings.catch_warnings(record=True) as said: modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
+        with warnings.catch_warnings(record=True) as said:
+            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
     except (ValueError, OSError) as e:
         print(f"rsground: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.strerror else e}", file=sys.stderr)
         return 2
-    for warning in said: print(f"rsground: {warning.message}", file=sys.stderr)
+    for warning in said:
+        if warning.category is UserWarning: print(f"rsground: {warning.message}", file=sys.stderr)
     lost = sum(f.rows for f in findings if not f.kept)
     if lost: print(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
     print(f"{args.predictions} against {split} of {args.data}, hash {split_hash(splits[split])}")
