@@ -450,7 +450,7 @@ def frame_hint(predicted, true, sides) -> str | None:
     read = {f: float(standard_iou(to_pixels(predicted, sides, f), true, sides)[0].mean()) for f in ("pixel", *READ_AS)}
     best, plain = max(READ_AS, key=read.get), read["pixel"]
     if read[best] < max(2 * plain, plain + 0.05): best = guess_frame(predicted, *sides.T)  # no help from the truth
-    if best is None or read[best] < plain: return None
+    if best is None or read[best] < plain - 0.05: return None
     return f"the predictions look like {FRAMES[best]}, not like pixels: mean IoU {plain:.3f} as pixels, {read[best]:.3f} so; to read them so: --frame {best}, or frame={best!r}"
 
 # %% ../nbs/10_evaluate.ipynb #cfe4613f
