@@ -81,7 +81,7 @@ MERGES = "a: &a {k: v}\n" + "".join(f"m{k}: &m{k}\n  <<: [{', '.join([f'*m{k - 1
 def test_yaml_with_aliases_or_merges_is_refused(tmp_path, text, what):
     def work():
         with pytest.raises(Defect, match=what): plain_yaml(text)
-    assert lines_run(work) < 100_000
+    assert lines_run(work) < 1_000_000
     for part in ("images/train", "labels/train"): (tmp_path / part).mkdir(parents=True)
     Image.new("RGB", (50, 40)).save(tmp_path / "images" / "train" / "a.jpg")
     (tmp_path / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
@@ -109,7 +109,7 @@ def bad_pictures(folder):
     Image.new("RGB", (100, 80)).save(folder / "whole.jpg")
     whole = (folder / "whole.jpg").read_bytes()
     (folder / "huge.png").write_bytes(png(60000, 60000))
-    (folder / "large.png").write_bytes(png(13000, 13000, zlib.compress(b"\0" * 1000)))  # within Pillow's limit, but not there
+    (folder / "large.png").write_bytes(png(3000, 3000, zlib.compress(b"\0" * 1000)))  # pixels that are not there
     (folder / "flipped.jpg").write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:90] + whole[91:])
     (folder / "cut.jpg").write_bytes(whole[:-200])
     (folder / "text.jpg").write_text("no picture")
@@ -178,9 +178,10 @@ def test_a_mark_in_a_sentence_is_found_and_one_in_a_completion_is_not_learned(tm
 
 
 def test_a_dollar_in_a_sentence_is_no_formula():
-    for path in (ROOT / "nbs").glob("*.ipynb"):
-        for cell in nbformat.read(path, as_version=4).cells:
-            for call in re.findall(r"(?:set_|sup)title\([^\n]*?expression[^\n]*?\)(?=;|\n|$)", cell.source): assert "parse_math=False" in call, (path.name, call)
+    lines = [(path.stem, line) for path in (ROOT / "nbs").glob("*.ipynb") for c in nbformat.read(path, as_version=4).cells for line in c.source.split("\n")]
+    titles = [(name, line) for name, line in lines if re.search(r"(set_|sup)title\(", line) and "expression" in line]
+    assert len(titles) > 5
+    for name, line in titles: assert "parse_math=False" in line, (name, line)
 
 
 def test_what_is_printed_cannot_talk_to_a_terminal(capsys):
@@ -227,7 +228,7 @@ def test_braces_in_out_are_letters(tmp_path, monkeypatch, folder):
 # ---- nothing half-written
 
 @contextmanager
-def small_files(size=3000):
+def small_files(size):
     """No file may grow beyond so many bytes: what a full disk looks like."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_command_works_afterwards(tmp_pa
     (tmp_path / "out").mkdir()
     for words, out in ((["data", "split", folder], "out/new.jsonl"), (["data", "doctor", folder, "--manifest"], "out/good.jsonl"), (["evaluate", file, "--data", folder, "--out"], "out/scores")):
         words = [*map(str, words), str(tmp_path / out)]
-        with small_files(): assert main(words) == 2
+        with small_files(500): assert main(words) == 2
         said = capsys.readouterr().err
         assert said.startswith("rsground: ") and "File too large" in said and str(tmp_path / "out") in said and said.count("\n") == 1
         assert list((tmp_path / "out").iterdir()) == []
