@@ -87,8 +87,8 @@ def last_checkpoint(
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 class Safeguard(TrainerCallback):
-    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights.
-    In fp16 a GradScaler leaves out a step whose gradients its scale made too large, and halves the scale: that is let pass as long as the scale is above 1."""
+    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would
+    spoil the weights. With fp16, where a GradScaler itself leaves out such a step and halves its scale, only at a scale of 1."""
     def __init__(self, minutes=0.0):  # up to the checkpoint that this piece starts from
         self.minutes, self.began = minutes, time.time()
 
