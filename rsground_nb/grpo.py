@@ -44,7 +44,8 @@ class SpatialGRPOConfig(GRPOConfig):
         if self.patience_without_signal < 0 or not 0 <= self.highest_truncated <= 1:
             raise ValueError(f"patience_without_signal counts steps and highest_truncated is a share: not {self.patience_without_signal} and {self.highest_truncated}")
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
-            raise ValueError("use_transformers_continuous_batching turns the weights themselves into 16 bit, where small steps are rounded to nothing: leave it out")
+            raise ValueError("use_transformers_continuous_batching turns the weights themselves into 16 bit, "
+                             "where small steps are rounded to nothing: leave it out")
         if self.consistency and self.beta != 0 and self.weight_scope == "advantages":
             raise ValueError("scaled advantages are a weight that leaves a KL term (beta != 0) unweighted: set weight_scope='loss', beta=0 or consistency=False")
 
@@ -137,7 +138,7 @@ class SpatialGRPOTrainer(GuardedTrainer):
 
     def _weigh(self, ious, completions):  # ious of all processes, completions of this one
         a, size = self.args, self._group_size
-        silent, ious = ious.isnan().view(-1, size).any(1), ious.nan_to_num(0.0)  # TRL's word for None: this reward does not apply
+        silent, ious = ious.isnan().view(-1, size).any(1), ious.nan_to_num(0.0)  # NaN: TRL's form of None
         boxes = [parsed(text_of(c)).box or [math.nan] * 4 for c in completions]  # in the model's own frame, which is the same for all rollouts of a question
         boxes = self.accelerator.gather(torch.tensor(boxes, device=ious.device))
         limits = dict(lambda_mean=a.lambda_mean, lambda_var=a.lambda_var, lowest=a.lowest_weight, highest=a.highest_weight) if a.weighting == "paper" else {}
