@@ -354,8 +354,8 @@ def check_sharing(
                          f"{args.per_device_train_batch_size}, num_generations {size}; "
                          f"use a multiple of {size} or {without(trainer, 'loss')}")
     if trainer.aux_loss_enabled:
-        raise ValueError("a shared loss leaves out the load-balancing loss of a mixture of experts, a mean over "
-                         f"the tokens of all rows: set router_aux_loss_coef=0 or {without(trainer, 'loss')}")
+        raise ValueError("a shared loss leaves out the load-balancing loss of a mixture of experts, a mean "
+                         f"over the tokens of all rows: set router_aux_loss_coef=0 or {without(trainer, 'loss')}")
 
 # %% ../nbs/08b_rollouts.ipynb #32c56d07
 def write_batch(
@@ -402,7 +402,8 @@ def score_batch(
 class SharedPromptTrainer(GRPOTrainer):
     """TRL's GRPO with what `args.share_prompt` says (True, False, or names of SHARED) computed once per
     group; False is TRL's own way to the bit. With dropout (LoRA's or the model's) the rollouts of a group
-    share one mask over their prompt in the loss; TRL draws one each. Raises ValueError where sharing is ruled out."""
+    share one mask over their prompt in the loss; TRL draws one each.
+    Raises ValueError where sharing is ruled out."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

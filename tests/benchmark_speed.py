@@ -1,15 +1,16 @@
-"""A CPU step of SFT and of GRPO, with and without each thing that was tried to make it faster, and where its time goes.
+"""A CPU step of SFT and of GRPO with and without what was tried to make it faster, and where its time goes.
 
-    python tests/benchmark_speed.py            both stages; about 6 minutes of one core
+    python tests/benchmark_speed.py            both stages; about 5 minutes of one core
     python tests/benchmark_speed.py --stage sft --ways plain head
 
-Each way is a process with one trainer of the shipped model; the processes take turns, one step each (SFT: two), so
-that a busy minute hits all. `ratio` is the geometric mean over rounds of the processor time of `plain` over that
-of the way, with a 95 % t interval; the first round warms up. `share_*` are the parts of a step. Rows of the
-setting are replaced in tests/benchmark_speed.csv.
-SFT: all weights, 16 rows of the rule teacher's chains; `rows 8` is what one of two processes does in a step. GRPO:
-8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 07; 64 rows in a pass, or 16.
-`norms` is torch's F.rms_norm in place of transformers' RMSNorm. It is tried here and not used by the package.
+Each way is a process with one trainer of the shipped model; the processes take turns, one step each (SFT: two),
+so that a busy minute hits all. `ratio` is the geometric mean over rounds of the processor time of `plain` over
+that of the way, with a 95 % t interval; the first round warms up. `share_*` are the parts of a step (`head` is
+part of `forward`). Rows of the setting are replaced in tests/benchmark_speed.csv.
+SFT: all weights, 16 rows of the rule teacher's chains; `rows 8` is what one of two processes does in a step.
+GRPO: 8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 07; 64 rows in a pass, or 16.
+`norms` (torch's F.rms_norm in place of transformers' RMSNorm) and `rows 16` gained less than 5 % or nothing and
+are not used by the package.
 """
 import argparse
 import json
@@ -51,7 +52,7 @@ SIZE = replace(get_scale("workshop"), num_train=256, num_val=2, num_test=2, sft_
 
 
 class Clock(TrainerCallback):
-    """Processor time of steps, from the end of one to the end of the next (SFT) or from begin to end (GRPO), and of their parts."""
+    """Processor time of steps and of their parts: from begin to end (whole), or from one end to the next."""
 
     def __init__(self, whole): self.whole, self.parts, self.ends = whole, {}, []
 
@@ -81,7 +82,8 @@ class Clock(TrainerCallback):
         """Seconds of a step, and its parts as shares."""
         steps = len(self.ends) - 1
         whole = (self.ends[-1] - self.ends[0]) / steps
-        return dict(cpu_s=whole, **{f"share_{name}": seconds / steps / whole for name, seconds in self.parts.items()})
+        shares = {f"share_{name}": seconds / steps / whole for name, seconds in self.parts.items()}
+        return dict(cpu_s=whole, **shares)
 
 
 def trainer_of(stage, levers, folder):
@@ -89,22 +91,25 @@ def trainer_of(stage, levers, folder):
     if "memory" not in levers: rsground_nb.scale.keep_memory = lambda: None
     if "head" not in levers: AnswersTrainer.compute_loss = SFTTrainer.compute_loss
     if "norms" in levers:
-        Qwen3VLTextRMSNorm.forward = lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-    size = replace(SIZE, rows_per_pass=16 if "rows 16" in levers else 64, sft_batch_size=8 if "rows 8" in levers else 16)
+        fused = lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+        Qwen3VLTextRMSNorm.forward = fused
+    size = replace(SIZE, rows_per_pass=16 if "rows 16" in levers else 64)
+    size = replace(size, sft_batch_size=8 if "rows 8" in levers else 16)
     start(0)
     model, processor = load_vlm("tiny")
     rows, codec = load_data("scenes", size, 0)[0]["train"], codec_of(model.config.model_type, processor)
     clock = Clock(whole=stage == "grpo")
     if stage == "sft":
         make_chains(rows, codec, folder / "chains", seed=0)
-        trainer = sft_trainer(model, processor, load_chains(folder / "chains", rows, codec), size, 0, folder, disable_tqdm=True)
+        chains = load_chains(folder / "chains", rows, codec)
+        trainer = sft_trainer(model, processor, chains, size, 0, folder, disable_tqdm=True)
         clock.watch("batch", trainer, "data_collator")
         clock.watch("forward", trainer, "compute_loss")
         head = trl_utils._ChunkedLogProbFunction
         trl_utils._ChunkedLogProbFunction = type("Head", (), dict(apply=head.apply))
         clock.watch("head", trl_utils._ChunkedLogProbFunction, "apply")
     else:
-        never = never_drawn(processor) + [processor.tokenizer.eos_token_id]  # so that all rollouts have 40 tokens
+        never = never_drawn(processor) + [processor.tokenizer.eos_token_id]  # all rollouts have 40 tokens
         trainer = grpo_trainer(model, processor, grpo_rows(rows), codec, size, 0, folder, disable_tqdm=True,
                                generation_kwargs=dict(suppress_tokens=never), patience_without_signal=0)
         clock.watch("batch", trainer, "_tokenize_prompts")
@@ -136,7 +141,8 @@ def compare(stage, ways, rounds):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     workers, steps = {way: subprocess.Popen([*call, way], **pipes) for way in ways}, {way: [] for way in ways}
     for way in ways:
-        if workers[way].stdout.readline() != "ready\n": sys.exit(f"{stage}, {way}: no trainer; try --worker '{way}' to see why")
+        if workers[way].stdout.readline() != "ready\n":
+            sys.exit(f"{stage}, {way}: no trainer; try --worker '{way}' to see why")
     for k in range(rounds + 1):
         for way in ways if k % 2 else ways[::-1]:
             print("go", file=workers[way].stdin, flush=True)
@@ -147,8 +153,10 @@ def compare(stage, ways, rounds):
     for way, table in tables.items():
         logs = np.log(tables["plain"].cpu_s / table.cpu_s)
         wide = t.ppf(0.975, rounds - 1) * logs.std(ddof=1) / rounds ** 0.5
-        ratios = {name: np.exp(logs.mean() + shift) for name, shift in (("ratio", 0), ("ratio_low", -wide), ("ratio_high", wide))}
-        yield dict(stage=stage, way=way, seed=0, rounds=rounds, cpu_s=table.cpu_s.median(), **ratios, **table.drop(columns="cpu_s").mean())
+        shifts = dict(ratio=0, ratio_low=-wide, ratio_high=wide)
+        ratios = {name: np.exp(logs.mean() + shift) for name, shift in shifts.items()}
+        parts = table.drop(columns="cpu_s").mean()
+        yield dict(stage=stage, way=way, seed=0, rounds=rounds, cpu_s=table.cpu_s.median(), **ratios, **parts)
 
 
 def main():
