@@ -219,7 +219,7 @@ def draw_boxes(
     zoom: float = 1,     # the returned picture is this much larger
 ) -> Image.Image:
     "A copy of the image with the two boxes drawn."
-    picture = image.convert("RGB").resize((round(image.width * zoom), round(image.height * zoom)))
+    picture = image.convert("RGB").resize([max(1, round(side * zoom)) for side in image.size])
     pen = ImageDraw.Draw(picture)
     for box, colour in ((true, TRUE_COLOUR), (predicted, PREDICTED_COLOUR)):
         if box is None or box[0] >= box[2] or box[1] >= box[3]: continue

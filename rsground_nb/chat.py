@@ -43,8 +43,9 @@ from tqdm import tqdm
 
 from .boxes import GRID, Codec, between, smart_resize
 from .cot import Draft
-from .files import READ_ERRORS
-from .model import ASSETS
+from .data import Picture
+from .files import READ_ERRORS, image_bytes
+from .model import ASSETS, plain_text
 
 # %% ../nbs/05c_chat.ipynb #5b4f5b80
 TEMPLATE = ASSETS / "teacher.jinja"
@@ -61,7 +62,7 @@ def write_prompt(
     width, height = codec.frame(row["width"], row["height"])
     frame = f"x and y run from 0 to {width} over its width and its height" if codec.name in GRID else f"in pixels of this image, which is {width} wide and {height} high"
     return load_template().render(
-        expression=" ".join(row["expression"].split()), box=list(codec.encode(row["box"], row["width"], row["height"])), frame=frame)
+        expression=plain_text(" ".join(row["expression"].split())), box=list(codec.encode(row["box"], row["width"], row["height"])), frame=frame)
 
 # %% ../nbs/05c_chat.ipynb #e5e446f3
 class Question(NamedTuple):
@@ -78,7 +79,7 @@ def make_question(
     "The question about a row. Raises OSError or ValueError if its image file or its box cannot be used."
     width, height = codec.frame(row["width"], row["height"])
     if codec.name in GRID: height, width = smart_resize(row["height"], row["width"], codec.factor, codec.min_pixels, codec.max_pixels)
-    source = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+    source = row["image"]["bytes"] or image_bytes(Path(row["image"]["path"]))
     return Question(write_prompt(row, codec), row["image"], (width, height), hashlib.sha256(source).hexdigest())
 
 def data_url(
@@ -86,7 +87,7 @@ def data_url(
 ) -> str:
     "The picture as text: JPEG of quality 95 in base64. Raises OSError or ValueError for a broken image."
     packed = io.BytesIO()
-    Image().decode_example(question.image).convert("RGB").resize(question.size, PILImage.Resampling.BICUBIC).save(packed, "JPEG", quality=95, subsampling=0)
+    Picture().decode_example(question.image).resize(question.size, PILImage.Resampling.BICUBIC).save(packed, "JPEG", quality=95, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 # %% ../nbs/05c_chat.ipynb #ce46e4a2
@@ -365,7 +366,7 @@ def as_draft(reply: Reply, server: Server, cached: bool) -> Draft:
 def answer(question: Question, client, server: Server, store: ReplyCache, formats: list) -> Draft:
     "The draft from a reply, which is stored first. A format that the server refuses is taken off the list."
     try: picture = data_url(question)
-    except (*READ_ERRORS, PILImage.DecompressionBombError) as e: return Draft(trouble=f"its image cannot be read: {e}")
+    except READ_ERRORS as e: return Draft(trouble=f"its image cannot be read: {e}")
     for structured in formats.copy():
         try: reply = ask(client, make_request(server, question.prompt, picture, structured), question.size[0] * question.size[1])
         except (openai.BadRequestError, openai.UnprocessableEntityError):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'TEMPLATES', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF', 'make_tokenizer',
-           'GroundingProcessor', 'make_processor', 'to_prompt', 'tiny_config', 'make_tiny', 'load_processor',
-           'folder_and_kind', 'load_vlm', 'load_tiny', 'codec_of', 'student_codec', 'generate_answers', 'save_tiny',
-           'lora_config', 'adapt', 'fingerprint', 'fingerprints', 'kept_bytes', 'memory_plan']
+           'GroundingProcessor', 'make_processor', 'plain_text', 'to_prompt', 'tiny_config', 'make_tiny',
+           'load_processor', 'folder_and_kind', 'load_vlm', 'load_tiny', 'codec_of', 'student_codec',
+           'generate_answers', 'save_tiny', 'lora_config', 'adapt', 'fingerprint', 'fingerprints', 'kept_bytes',
+           'memory_plan']
 
 # %% ../nbs/04_model.ipynb #468afa6c
 import hashlib
@@ -75,13 +76,17 @@ def make_processor(
 REASON = "Locate {}. Think in <think></think>, then give one box in <answer></answer>."
 DIRECT = "Locate {}."
 
+def plain_text(text: str) -> str:
+    "The text with a blank inside marks such as <|im_end|>, so that a tokenizer reads them as letters."
+    return text.replace("<|", "< |").replace("|>", "| >")
+
 def to_prompt(
     expression: str,
     template: str = REASON,  # one {} for the expression
 ) -> list:
     "The user's message in the chat format of transformers and TRL, a leading 'The' in lower case. The image goes beside it, not into it."
     if expression.startswith("The "): expression = "the " + expression[4:]
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": template.format(expression)}]}]
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": template.format(plain_text(expression))}]}]
 
 # %% ../nbs/04_model.ipynb #938c6c99
 def tiny_config(tokenizer) -> Qwen3VLConfig:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DETECTIONS', 'SMALLEST', 'BORDER', 'read_detections', 'plain_name', 'why_doubtful', 'clipped', 'as_seen',
            'spread_out', 'look', 'windows_of', 'by_picture', 'ask', 'refer', 'as_row', 'image_name', 'put_images',
-           'as_line', 'count_table', 'write_audit', 'check_options', 'write_refer', 'load_real_samples']
+           'put_image', 'as_line', 'count_table', 'write_audit', 'check_options', 'write_refer', 'load_real_samples']
 
 # %% ../nbs/03d_refer.ipynb #d6094f06
 import json
@@ -24,12 +24,12 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from .data import FEATURES, check_target, load_folder
-from .files import SPLITS, open_image, read_rows
+from .files import Defect, read_image, read_rows
 from .grammar import PLURALS
 from .sentences import RULES, Picture, Seen, check_expression, choose, count_hops
 
 # %% ../nbs/03d_refer.ipynb #48f54c48
-DETECTIONS = ("coco", "yolo", "voc", "dota")
+DETECTIONS = ("coco", "yolo", "voc", "voc_turned", "dota")
 SMALLEST = 12  # pixels: a box with a shorter side is doubtful
 BORDER = 2     # pixels: a box that comes so near to the border of the picture is taken for cut
 
@@ -170,19 +170,23 @@ def image_name(row) -> str:
     x, y, right, bottom = row["window"]
     return f"{name}.{x}_{y}_{right - x}x{bottom - y}.{'jpg' if name.suffix.lower() in ('.jpg', '.jpeg') else 'png'}"
 
-def put_images(rows: list, folder: Path):
-    "Link or copy whole pictures, cut windows. Each picture is opened once, and only if a window of it is needed."
-    sources = defaultdict(dict)
+def put_images(rows: list, folder: Path) -> list:
+    "Link or copy whole pictures, cut windows; the rows whose picture could be written. A picture is opened once, and only if a window of it is needed."
+    sources, broken = defaultdict(dict), set()
     for row in rows: sources[row["image"]][image_name(row)] = row["window"]
     for source, wanted in tqdm(sources.items(), desc="writing pictures", unit=" pictures", delay=3):
-        opened = open_image(Path(source)).convert("RGB") if any(wanted.values()) else None
-        for name, window in wanted.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if window: opened.crop(window).save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
-            else:
-                try: os.link(source, target)
-                except OSError: shutil.copyfile(source, target)
+        try: whole = read_image(Path(source)) if any(wanted.values()) else None
+        except Defect: broken.add(source); continue
+        for name, window in wanted.items(): put_image(source, whole, window, folder / name)
+    return [row for row in rows if row["image"] not in broken]
+
+def put_image(source: str, whole, window, target: Path):
+    "Write a window of a picture, or the picture itself where `window` is None."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if window: whole.crop(window).save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
+    else:
+        try: os.link(source, target)
+        except OSError: shutil.copyfile(source, target)
 
 def as_line(row, name: str) -> str:
     "A row as one JSON line."
@@ -225,10 +229,13 @@ def write_refer(
     if any(row["image"] is None for row in found): raise ValueError(f"{path} has no image folder: name it with --images")
     rows, refused = refer(found, windows, seed, hops, smallest=smallest)
     refused.update({f.kind: f.rows for f in findings if not f.kept})
-    if not rows: raise ValueError(f"no sentence about {len(found)} objects of {path} (" + "; ".join(f"{n} x {why}" for why, n in refused.most_common(5)) + ")")
     with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as half:
         new = Path(half) / "new"
-        put_images(rows, new)
+        asked, rows = len(rows), put_images(rows, new)
+        if asked > len(rows): refused["sentence about a picture that cannot be read"] += asked - len(rows)
+        if not rows:
+            why = "; ".join(f"{n} x {reason}" for reason, n in refused.most_common(5))
+            raise ValueError(f"no sentence about {len(found)} objects of {path} ({why})")
         for split in {r["split"] for r in rows}:
             (new / f"{split}.jsonl").write_text("".join(as_line(r, image_name(r)) for r in rows if r["split"] == split), encoding="utf-8")
         about = dict(seed=seed, windows=list(windows), hops=list(hops), smallest=smallest, sentences=len(rows), refused=dict(refused.most_common()))

@@ -257,12 +257,15 @@ def parser():
     doctor.add_argument("--images", help="the image folder, if it is not the layout's own")
     doctor.add_argument("--manifest", help="write the good rows as JSON lines into this new file")
     doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
+    doctor.add_argument("--all", action="store_true", help="list all findings, not the first ten of each kind")
+    doctor.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
     split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with --data FILE@FOLDER")
     split.add_argument("path", help="a dataset's folder")
     split.add_argument("out", help="the new file, outside of it")
     split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
     split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
+    split.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
     refer_options(data.add_parser("refer", allow_abbrev=False, help="make sentences about the boxes of a detection dataset"))
     return main
 
@@ -382,7 +385,7 @@ def refer_command(args):
 def split_command(args):
     "`rsground data split`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import split_folder
-    try: table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format)
+    try: table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format, args.frame)
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
         return 2
@@ -452,7 +455,7 @@ def main(
     if args.task == "split": return split_command(args)
     if args.task == "refer": return refer_command(args)
     from rsground_nb.doctor import doctor
-    return doctor(args.path, args.format, args.manifest, args.images, decode=not args.quick)
+    return doctor(args.path, args.format, args.manifest, args.images, not args.quick, args.frame, args.all)
 
 # %% ../nbs/90_run.ipynb #5c60a231
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())  # not in a notebook

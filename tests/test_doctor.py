@@ -31,7 +31,7 @@ EXPECTED = {
     "index/non_integer.txt": ("line 2: not an integer: '00001.xml' (an index counts <object> elements, not files)", 1), "index/crlf.txt": (None, 2),
     "vrsbench/missing_key.json": ("row 0 (question_id 0): no ground_truth", 1), "vrsbench/three_coordinates.json": ("row 0 (question_id 0): 3 coordinates, need 4", 1), "vrsbench/over_100.json": ("460 is over 100", 1),
     "refgeo/broken_middle.jsonl": ("line 2: not JSON", 2), "refgeo/deep_nesting.jsonl": ("line 2: nested too deeply", 1),
-    "rrsisd/rle_wrong_sum.json": ("annotation 1: RLE covers 3000 of 3072 pixels", 0), "rrsisd/rle_swapped_size.json": ("annotation 1: mask 64x48 (h x w), image 48x64", 0),
+    "rrsisd/rle_wrong_sum.json": ("annotation 1: mask left out: RLE covers 3000 of 3072 pixels", 1), "rrsisd/rle_swapped_size.json": ("annotation 1: mask left out: mask 64x48 (h x w), image 48x64", 1),
     "rrsisd/refs(unc).p": ("pickle asks for builtins.open; only plain containers are allowed", 0), "rsvg_hr/short_line.txt": ("line 2: 4 fields, need 6 or more", 1), "yolo/wrong_numbers.txt": ("line 2: 320 is outside 0-1", 1),
 }
 

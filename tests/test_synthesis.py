@@ -142,7 +142,7 @@ def test_a_row_whose_image_is_gone_keeps_its_card_without_a_picture(mixed, tmp_p
     table = judge(broken, mixed, CODEC)
     write_audit(broken, table, CODEC, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("The image cannot be read.") == 2 and page.count("data:image/png") == 10
+    assert page.count("The image cannot be read: ") == 2 and page.count("data:image/png") == 10
     assert (training_rows(broken, table)["expression_id"][:] == [r["expression_id"] for r, v in zip(records, table.verdict) if v == "ok"])
 
 
