@@ -161,13 +161,13 @@ def as_row(row, rows: list, text: str, rule: str, window, name: str) -> dict:
     x, y, right, bottom = window
     part = None if (x, y, right, bottom) == (0, 0, row["width"], row["height"]) else list(window)
     def moved(values): return [v - (x, y)[k % 2] for k, v in enumerate(values)]
-    others = [r for r in inside(rows, window) if r.get("doubtful") != "crowd"]
+    seen = [(r, clipped(r["box"], window)) for r in inside(rows, window) if r.get("doubtful") != "crowd"]
     origin = {k: row[k] for k in ("file", "line", "where", "box")}
     return dict(
         image=row["image"], expression=text, box=moved(row["box"]), width=right - x, height=bottom - y,
         category=row["category"], polygon=row.get("polygon") and moved(row["polygon"]), mask=None,
         source=f"refer:{rule}", image_id=row["image_id"], expression_id=name, split=row["split"],
-        objects=[dict(category=o["category"], colour=None, box=moved(clipped(o["box"], window))) for o in others],
+        objects=[dict(category=r["category"], colour=None, box=moved(box)) for r, box in seen],
         hops=count_hops(text, tuple(sorted({r["category"] for r in rows}))), window=part,
         origin=dict(origin, box=list(row["box"]), window=part))
 
@@ -236,7 +236,7 @@ def write_refer(
     format: str | None = None, images: str | Path | None = None,
     samples: int = 60,                  # on the page
 ) -> tuple:
-    "(rows, refused, findings); writes train.jsonl, images/, counts.json, audit.html. Raises ValueError, writes nothing."
+    "(rows, refused, findings); writes train.jsonl, images/, counts.json, audit.html. Raises ValueError."
     check_target(out, path)
     check_options(windows, seed, hops, smallest)
     found, findings = read_detections(path, format, images)
@@ -265,7 +265,7 @@ def write_rows(rows: list, folder: Path, options: dict, refused: Counter, sample
     (folder / "counts.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     write_audit(rows, folder / "audit.html", about["refused"], samples, options["seed"])
 
-# %% ../nbs/03d_refer.ipynb #3d6867db
+# %% ../nbs/03d_refer.ipynb #64964333
 def load_real_samples() -> Dataset:
     "40 real aerial crops with boxes and sentences, of the public domain (LICENSE.md). Never for training."
     return load_folder(str(files("rsground_nb") / "assets" / "real"))[0]["test"]
