@@ -295,7 +295,7 @@ def parse_completion(
     elif "<think>" in rest: return Parsed(None, "no <answer>…</answer>: <think> is not closed", thinking)
     else:
         box, reason, angle = box_in(rest, tagged=False)
-        if box is None: reason = f"no <answer>…</answer>: there is no <answer>, and {reason}"
+        if box is None: reason = "no <answer>…</answer>: there is no <answer>" + f", and {reason}" * (reason != NO_BOX)
     return Parsed(box, reason, thinking, angle)
 
 # %% ../nbs/01_boxes.ipynb #2712841a
