@@ -686,9 +686,10 @@ def boxes_in(answer, depth: int = 6) -> list:
     "Every box of an answer as it is written: of a list, an object, or a text. Raises Defect."
     if isinstance(answer, str):
         said = answer.rpartition("</think>")[2]
+        said = between(said, "<answer>", "</answer>") or said
         found = [[float(v) for v in NUMERAL.findall(m[0])] for m in GROUP.finditer(said)]
         found = [values[:4] for values in found if len(values) <= 5]  # more: a polygon
-        parsed = None if found else parse_box(between(said, "<answer>", "</answer>") or said)
+        parsed = None if found else parse_box(said)
         return found or [list(parsed.box) if parsed.box else no_box(parsed.reason)]
     if not depth or not answer: return []
     if isinstance(answer, dict):
@@ -858,7 +859,7 @@ def annotated_mask(found, width: int | None, height: int | None) -> tuple:
     try: return coco_runs(found, width, height), []
     except READ_ERRORS as e: odd = [Defect("bad mask", f"mask left out: {as_finding(e, '').message}")]
     good = []
-    for polygon in found if isinstance(found, list) else []:
+    for polygon in found if isinstance(found, list) and not isinstance(found[0], dict) else []:
         try: good.append(polygon_points(polygon, width, height))
         except Defect as e: odd = [Defect("bad mask", f"polygon left out: {e}")]
     try: return polygon_mask(good, width, height) if good else None, odd

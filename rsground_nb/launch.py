@@ -127,7 +127,7 @@ def plan(
 ) -> pd.Series:
     "`memory_plan` of chapter 04 for one process, in GiB. Weights are counted whole, as without sharding; vLLM's own memory is not counted."
     grpo = hasattr(training, "num_generations")
-    dtype = torch.bfloat16 if training.bf16 and not model.use_peft else getattr(torch, model.dtype)  # without LoRA: what autocast computes in
+    dtype = torch.bfloat16 if training.bf16 and not model.use_peft else getattr(torch, model.dtype)
     written = training.per_device_train_batch_size * training.steps_per_generation if grpo and not training.use_vllm else 0
     return memory_plan(config, model.lora_r if model.use_peft else 0, written, training.per_device_train_batch_size, side, side, data.max_pixels,
                        completion_tokens=training.max_completion_length if grpo else answer_tokens, dtype=dtype, checkpointing=training.activation_checkpointing)
@@ -159,8 +159,8 @@ def load_model(
     more = {"quantization_config": quantized} if quantized else {}
     if not name: raise ValueError('model_name_or_path is missing: "tiny", a local folder, or a hub name')
     if not model.use_peft and model.dtype != "float32":
-        raise ValueError(f"dtype: {model.dtype} with use_peft: false would train weights of 16 bit, where most small steps are rounded to nothing: take "
-                         "dtype: float32 (bf16: true stays; it computes in 16 bit), or use_peft: true")
+        raise ValueError(f"dtype: {model.dtype} with use_peft: false would train weights of 16 bit, where most small "
+                         "steps are rounded to nothing: take dtype: float32 (bf16: true stays), or use_peft: true")
     try: vlm, processor = load_vlm(name, data.max_pixels, dtype=model.dtype, attn_implementation=model.attn_implementation, **more)
     except OSError as e: raise ValueError(f"model_name_or_path {name}: no folder with a model here, and not to be had from the hub ({str(e).splitlines()[0]})") from None
     vlm.model.visual.requires_grad_(False)
@@ -227,7 +227,7 @@ def save_trained(
     if trainer.is_deepspeed_enabled: unset_hf_deepspeed_config()  # the copy below is loaded whole, by one process
     if not trainer.is_world_process_zero(): return
     if lora:
-        base, _ = load_vlm(model.model_name_or_path, dtype=torch.float32)  # also where 4 or 8 bits were trained beside
+        base, _ = load_vlm(model.model_name_or_path, dtype=torch.float32)  # not in 4 or 8 bits
         merged(PeftModel.from_pretrained(base, out / "adapter")).save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     pd.DataFrame([r for r in trainer.state.log_history if "loss" in r]).to_csv(out / "log.csv", index=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEXICON', 'SPECIAL', 'TAGS', 'STOCK', 'PROCESSOR_FILES', 'TEMPLATES', 'REASON', 'DIRECT', 'ASSETS', 'CODEC_OF',
            'make_tokenizer', 'GroundingProcessor', 'file_of', 'copy_files', 'make_stock', 'make_processor',
-           'plain_text', 'to_prompt', 'tiny_config', 'make_tiny', 'plain', 'folder_and_kind', 'load_processor',
+           'plain_text', 'to_prompt', 'tiny_config', 'make_tiny', 'only_local', 'folder_and_kind', 'load_processor',
            'check_index', 'load_weights', 'load_vlm', 'load_tiny', 'codec_of', 'student_codec', 'generate_answers',
            'save_tiny', 'lora_config', 'adapt', 'training_dtype', 'check_moving', 'merged', 'fingerprint',
            'fingerprints', 'kept_bytes', 'memory_plan']
@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import (AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3VLConfig,
-                          Qwen3VLForConditionalGeneration)
+from transformers import (AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer,
+                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.utils import cached_file
@@ -59,21 +59,22 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 # %% ../nbs/04_model.ipynb #1d65d474
-STOCK = {"qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"), "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+STOCK = {"qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+         "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
          "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")}  # the names of transformers' own classes
 PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
                    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "chat_template.json", "chat_template.jinja"]
 
 class GroundingProcessor(Qwen3VLProcessor):
-    "Qwen-VL's processor for images only: it needs neither torchvision nor a video reader. transformers' own processor reads what it saves."
+    "Qwen-VL's processor without videos and torchvision. transformers' own processor reads what it saves."
     base, kind = None, "qwen3_vl"  # the folder or hub name that it was loaded from, the model type
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
     def save_pretrained(self, folder, **kwargs):
-        "The processor files of `base` (written anew where there is none), with the pixel limits of this processor."
+        "The processor files of `base` (written anew if there is none), with the pixel limits of this processor."
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self.base is None: super().save_pretrained(folder)
         else: copy_files(self.base, folder)
@@ -81,27 +82,29 @@ class GroundingProcessor(Qwen3VLProcessor):
 
 def file_of(base, name):
     "Path of a file of a folder or hub name, or None."
-    return cached_file(base, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return cached_file(base, name, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
 
 def copy_files(base, folder):
     "Copy those of PROCESSOR_FILES that `base`, a folder or a hub name, has."
     for name in PROCESSOR_FILES:
-        found = file_of(base, name)
-        if found and Path(found).resolve() != (Path(folder) / name).resolve(): shutil.copyfile(found, Path(folder) / name)
+        found, place = file_of(base, name), Path(folder) / name
+        if found and Path(found).resolve() != place.resolve(): shutil.copyfile(found, place)
 
 def make_stock(folder, kind, eyes):
-    "Give the processor files in `folder` the class names of transformers, a video part, and the pixel limits of `eyes`."
-    paths = {name: Path(folder) / name for name in PROCESSOR_FILES if name.endswith("config.json") and (Path(folder) / name).exists()}
+    "Give the processor files in `folder` transformers' class names, a video part, and the pixel limits of `eyes`."
+    paths = {path.name: path for path in Path(folder).glob("*config.json") if path.name in PROCESSOR_FILES}
     found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
     main, old = found.get("processor_config.json", {}), found.get("preprocessor_config.json")
-    video = dict(patch_size=eyes.patch_size, merge_size=eyes.merge_size, temporal_patch_size=eyes.temporal_patch_size)
     if old is None and "video_preprocessor_config.json" not in found:
-        main.setdefault("video_processor", {"video_processor_type": STOCK[kind][1], **video})
+        sizes = {name: getattr(eyes, name) for name in ("patch_size", "merge_size", "temporal_patch_size")}
+        main.setdefault("video_processor", {"video_processor_type": STOCK[kind][1], **sizes})
     for part in (main.get("image_processor"), old):
         if part is None: continue
         part.pop("auto_map", None)
         part.update(size=dict(eyes.size), image_processor_type="Qwen2VLImageProcessor")
-        part.update({k: eyes.size[edge] for k, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")) if k in part})
+        limits = {"min_pixels": eyes.size["shortest_edge"], "max_pixels": eyes.size["longest_edge"]}
+        part.update({name: limit for name, limit in limits.items() if name in part})
     for name, content in found.items():
         content.pop("auto_map", None)  # names code of the base, which these classes do not need
         if name == "tokenizer_config.json": content["tokenizer_class"] = "Qwen2Tokenizer"
@@ -165,20 +168,24 @@ def make_tiny(
 # %% ../nbs/04_model.ipynb #f249ad96
 ASSETS = files("rsground_nb") / "assets"
 
-def plain(content):
-    "For each object of a config.json: raises LookupError if it names code on the hub or other weight files."
+def only_local(content):
+    "An object of a config.json. Raises LookupError if it names attention code on the hub or other weight files."
     for key in ("attn_implementation", "_attn_implementation", "transformers_weights"):
-        if key == "transformers_weights" and content.get(key) or "/" in str(content.get(key)): raise LookupError(f"{key} is {content[key]!r}")
+        value = str(content.get(key) or "")
+        if "/" in value or value and key == "transformers_weights": raise LookupError(f"{key} is {value!r}")
     return content
 
 def folder_and_kind(name):
-    """(folder or hub name, model type), read from config.json as plain JSON. Raises ValueError for a model class whose coordinates this book
-    has no codec for and for an adapter, OSError if there is no config.json."""
+    """(folder or hub name, model type), read from config.json as plain JSON. Raises ValueError for an adapter and for
+    a model class whose coordinates this book has no codec for, OSError if there is no config.json."""
     folder = str(ASSETS / "tiny") if name == "tiny" else str(name)
     if file_of(folder, "adapter_config.json"):
-        raise ValueError(f"{name} holds a LoRA adapter, not a model: load its base, then peft.PeftModel.from_pretrained(model, {folder!r})")
-    try: kind = json.loads(Path(cached_file(folder, "config.json")).read_text(encoding="utf-8"), object_hook=plain).get("model_type")
-    except LookupError as e: raise ValueError(f"config.json of {name} asks for code or weights from elsewhere ({e}): take the key out") from None
+        raise ValueError(f"{name} holds a LoRA adapter, not a model: load its base, "
+                         f"then peft.PeftModel.from_pretrained(model, {folder!r})")
+    text = Path(cached_file(folder, "config.json")).read_bytes()
+    try: kind = json.loads(text.decode(), object_hook=only_local).get("model_type")
+    except LookupError as e:
+        raise ValueError(f"config.json of {name} asks for code or weights from elsewhere ({e}): take the key out") from None
     except (ValueError, AttributeError, RecursionError): raise ValueError(f"config.json of {name} is no JSON object") from None
     if kind not in list(CODEC_OF): raise ValueError(f"{name} is a {kind} model: this book knows {', '.join(CODEC_OF)}")
     return folder, kind
@@ -187,11 +194,11 @@ def load_processor(
     name: str,        # "tiny", a local folder, or a hub name
     max_pixels: int,  # larger images are shrunk to this area
 ) -> GroundingProcessor:
-    "The processor of a model, without its video part. The image tokens per picture follow from `max_pixels`. Raises as `folder_and_kind`."
+    "The processor of a model, without its video part; `max_pixels` decides on the image tokens. Raises as `folder_and_kind`."
     folder, kind = folder_and_kind(name)
     eyes = Qwen2VLImageProcessorPil.from_pretrained(folder)
     eyes.size = {**dict(eyes.size), "longest_edge": max_pixels}
-    if not (file_of(folder, "tokenizer.json") or file_of(folder, "vocab.json")): raise ValueError(f"{name} has no tokenizer.json")
+    if not any(file_of(folder, f) for f in ("tokenizer.json", "vocab.json")): raise ValueError(f"{name} has no tokenizer.json")
     try: tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="left")
     except ValueError as e: raise ValueError(f"the tokenizer files of {name} cannot be read: {e}") from None
     processor = GroundingProcessor(eyes, tokenizer, chat_template=TEMPLATES[kind])
@@ -200,41 +207,50 @@ def load_processor(
 
 # %% ../nbs/04_model.ipynb #d193ff6b
 def check_index(name, folder):
-    "Raises ValueError if the list of weight files cannot be read or names anything but safetensors files in the same folder."
+    "Raises ValueError if the list of weight files is broken or names anything but safetensors files in the same folder."
     path = file_of(folder, "model.safetensors.index.json")
-    try: named = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()) if path else ()
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError): raise ValueError(f"model.safetensors.index.json of {name} is broken: copy or download it again") from None
+    try: named = set(json.loads(Path(path).read_bytes().decode())["weight_map"].values()) if path else ()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"model.safetensors.index.json of {name} is broken: copy or download it again") from None
     odd = [f for f in named if not re.fullmatch(r"[\w.-]+\.safetensors", str(f))]
-    if odd: raise ValueError(f"model.safetensors.index.json of {name} names {odd[0]!r}: weights are read from safetensors files in the same folder")
+    if odd:
+        raise ValueError(f"model.safetensors.index.json of {name} names {odd[0]!r}: "
+                         "weights are read from safetensors files in the same folder")
 
 def load_weights(name, folder, kind, **kwargs):
-    "The model. Raises ValueError for weights in pickles, broken files, and weights that are missing or of another shape; OSError if there are none."
+    "The model. Raises ValueError for weights in pickles, broken, missing or of another shape; OSError if there are none."
     check_index(name, folder)
     try:
-        model, said = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs)
+        model, said = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs)
     except RuntimeError as e:
         if "ignore_mismatched_sizes" not in str(e): raise
-        raise ValueError(f"weights in the files of {name} have another shape than its config.json says (the report above names them)") from None
-    except SafetensorError as e: raise ValueError(f"a weight file of {name} is broken or no safetensors file ({e}): copy or download it again") from None
+        raise ValueError(f"weights in the files of {name} have another shape than its config.json says (see above)") from None
+    except SafetensorError as e:
+        raise ValueError(f"a weight file of {name} is broken or no safetensors file ({e}): copy or download it again") from None
     except OSError:
         pickles = [f for f in ("pytorch_model.bin", "pytorch_model.bin.index.json") if file_of(folder, f)]
         if not pickles: raise
-        raise ValueError(f"the weights of {name} are a pickle ({pickles[0]}), which can run code when it is read: take a copy in safetensors") from None
+        raise ValueError(f"the weights of {name} are a pickle ({pickles[0]}), which can run code when it is read: "
+                         "take a copy in safetensors") from None
     lost = sorted(said["missing_keys"])
-    if lost: raise ValueError(f"{len(lost)} weights of a {kind} model are not in the files of {name}: {', '.join(lost[:3])}{', …' if lost[3:] else ''}")
+    if lost:
+        raise ValueError(f"{len(lost)} weights of a {kind} model are not in the files of {name}: "
+                         f"{', '.join(lost[:3])}{', …' if lost[3:] else ''}")
     return model
 
 def load_vlm(
     name: str = "tiny",           # "tiny", a local folder, or a hub name
     max_pixels: int = 112 * 112,  # larger images are shrunk to this area
     plan: dict | None = None,     # settings for `memory_plan`, which is then printed before any weight is read
-    **kwargs,                     # to from_pretrained: dtype (default: float32 on a CPU, the folder's own on a GPU), attn_implementation ("sdpa", "eager", "flash_attention_2"), ...
+    **kwargs,                     # to from_pretrained: dtype (default: float32; the folder's own on a GPU), attn_implementation
 ):
-    """(model, processor) of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL class. No code of the folder is run. Raises ValueError for a model class whose coordinates
-    this book has no codec for and for weights that cannot be read safely, OSError if there is no model."""
+    """(model, processor) of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL class; code in the folder is not run.
+    Raises ValueError for a model class whose coordinates this book has no codec for and for what cannot be read safely,
+    OSError if there is no model."""
     folder, kind = folder_and_kind(name)
     kwargs.setdefault("dtype", "auto" if torch.cuda.is_available() else torch.float32)
-    kwargs["attn_implementation"] = kwargs.get("attn_implementation") or "sdpa"  # never what the folder asks for: it may name code on the hub
+    kwargs["attn_implementation"] = kwargs.get("attn_implementation") or "sdpa"  # never what the folder asks for
     if plan is not None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else config.dtype or torch.bfloat16
@@ -316,16 +332,17 @@ def training_dtype(
     return torch.bfloat16 if rank and torch.cuda.is_available() else torch.float32
 
 def check_moving(model):
-    "Raises ValueError, naming them, if weights that training moves have 16 bit and are not LoRA's: small steps would be rounded away."
-    low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) and "lora_" not in n]
+    "Raises ValueError if weights that training moves have 16 bit and are not LoRA's: small steps would be rounded away."
+    low = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize == 2 and "lora_" not in name]
     if low:
-        raise ValueError(f"{len(low)} weights that training moves have 16 bit ({', '.join(low[:3])}, …), so that most small steps would be "
-                         "rounded to nothing: load the model with dtype float32 (autocast computes in 16 bit all the same), or train LoRA")
+        raise ValueError(f"{len(low)} weights that training moves have 16 bit ({', '.join(low[:3])}, …), so that most "
+                         "small steps would be rounded to nothing: load the model with dtype float32 "
+                         "(autocast computes in 16 bit all the same), or train LoRA")
 
 def merged(
-    model,  # with a LoRA adapter
+    model,  # with a LoRA adapter; changed
 ):
-    "The model with its adapter merged in, in float32 on the CPU: in 16 bit much of a small adapter would be rounded away. Changes `model`."
+    "The model with its adapter merged in, in float32 on the CPU: in 16 bit much of a small adapter would be lost."
     return model.cpu().float().merge_and_unload()
 
 def fingerprint(
@@ -371,7 +388,8 @@ def memory_plan(
     checkpointing: bool = True,     # keep only the input of each layer and compute the rest again
 ) -> pd.Series:
     "GiB of one GRPO step on one device, part by part; batches in flight, buffers of libraries and fragmentation come on top."
-    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     text, vision, size = config.text_config, config.vision_config, dtype.itemsize
     weights = sum(p.numel() for p in model.parameters())
     model = get_peft_model(model, adapt(model, rank)) if adapt(model, rank) else model

@@ -121,12 +121,12 @@ def box_rewards(
 
 # %% ../nbs/07_rewards.ipynb #ec8effcd
 def text_of(completion) -> str:
-    "The text of a completion: a string, or a list of messages, of which the last counts. What is no text (None, a picture, a tool call) adds nothing."
+    "The text of a completion: a string, or the last of a list of messages. What is no text (None, a picture) adds nothing."
     if isinstance(completion, (list, tuple)): completion = completion[-1] if completion else None
     content = completion.get("content") if isinstance(completion, dict) else completion
     parts = content if isinstance(content, (list, tuple)) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts]
-    return "".join(t for t in texts if isinstance(t, str))
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 @lru_cache(maxsize=1024)
 def answered(text, codec, width, height):
@@ -135,22 +135,25 @@ def answered(text, codec, width, height):
     return (math.nan,) * 4 if box is None else codec.decode(box, width, height)
 
 def asked(name, count, box, width, height):
-    "Numbers of the rows that have a true box. Raises ValueError if columns are missing, or a row's values are no box or no size."
-    missing = [column for column, values in (("box", box), ("width", width), ("height", height)) if values is None]
+    "Numbers of the rows that have a true box. Raises ValueError for missing columns and for what is no box or no size."
+    missing = [column for column, v in (("box", box), ("width", width), ("height", height)) if v is None]
     wanted = f"{name} needs the columns box ([x1, y1, x2, y2]), width and height, in pixels of the original image"
     if missing: raise ValueError(f"{wanted}: the rows have no {', '.join(missing)}")
-    if {len(box), len(width), len(height)} != {count}: raise ValueError(f"{wanted}, with one value for each of the {count} completions")
+    if {len(box), len(width), len(height)} != {count}:
+        raise ValueError(f"{wanted}, with one value for each of the {count} completions")
     rows = [k for k, true in enumerate(box) if true is not None and len(true)]
     for k in rows:
         try: fine = len([float(v) for v in box[k]]) == 4 and min(float(width[k]), float(height[k])) > 0
         except (TypeError, ValueError): fine = False
-        if not fine: raise ValueError(f"{wanted}: row {k} of the batch has box {box[k]!r}, width {width[k]!r}, height {height[k]!r}")
+        if not fine:
+            raise ValueError(f"{wanted}: row {k} of the batch has box {box[k]!r}, width {width[k]!r}, height {height[k]!r}")
     return rows
 
 @dataclass(frozen=True)
 class BoxReward:
-    """A reward in TRL's signature, which can be pickled; None for rows without a box. It needs the columns box, width, height (original pixels).
-    A column `codec`, the name of one for each row, goes before its own. Raises ValueError for an unknown name and for missing columns."""
+    """A reward in TRL's signature, which can be pickled; None for rows without a box. It needs the columns box, width and
+    height (original pixels); a column `codec`, a name for each row, goes before its own codec. Raises ValueError for an
+    unknown name and as `asked`."""
     of: str = "iou"         # a name of `box_rewards`
     codec: Codec = Codec()  # of the model in training
     alpha: float = 2.5      # of the positional reward
@@ -166,24 +169,27 @@ class BoxReward:
         values, rows = [None] * len(completions), asked(self.__name__, len(completions), box, width, height)
         if not rows: return values
         codecs = {k: Codec(codec[k]) if codec else self.codec for k in rows}
-        said = torch.tensor([answered(text_of(completions[k]), codecs[k], width[k], height[k]) for k in rows], dtype=torch.float64)
-        true, sides = (torch.tensor(v, dtype=torch.float64) for v in ([list(box[k]) for k in rows], [(width[k], height[k]) for k in rows]))
-        for k, value in zip(rows, box_rewards(self.alpha)[self.of](said, true, sides.norm(dim=1)).tolist()): values[k] = value
+        said = [answered(text_of(completions[k]), codecs[k], width[k], height[k]) for k in rows]
+        true, sides = [list(box[k]) for k in rows], [(width[k], height[k]) for k in rows]
+        said, true, sides = (torch.tensor(v, dtype=torch.float64) for v in (said, true, sides))
+        found = box_rewards(self.alpha)[self.of](said, true, sides.norm(dim=1)).tolist()
+        for k, value in zip(rows, found): values[k] = value
         return values
 
 def format_reward(completions, box=None, **columns):
     "`format_score` of each completion in TRL's signature; None for rows without a box, if there is a column `box`."
-    texts, rows = [text_of(c) for c in completions], ["?"] * len(completions) if box is None else box
-    return [format_score(text) if true is not None and len(true) else None for text, true in zip(texts, rows, strict=True)]
+    has_box = [True] * len(completions) if box is None else [true is not None and len(true) > 0 for true in box]
+    return [format_score(text_of(c)) if there else None for c, there in zip(completions, has_box, strict=True)]
 
-iou_reward, positional_reward = BoxReward("iou"), BoxReward("center")  # for a model that writes original pixels, or rows with a column `codec`
+iou_reward, positional_reward = BoxReward("iou"), BoxReward("center")  # for original pixels, or with a column `codec`
 
 def make_rewards(
     codec: Codec,           # of the model in training
     alpha: float = 2.5,     # of the positional reward
     third: str = "center",  # a name of `box_rewards`
 ) -> list:
-    "[format_reward, iou_reward, third one]; the last is called `positional_reward`, or `giou_reward` and so on for the rivals. Raises ValueError for an unknown `third`."
+    """[format_reward, iou_reward, third one]; the last is called `positional_reward`, or `giou_reward` and so on.
+    Raises ValueError for an unknown `third`."""
     return [format_reward, BoxReward("iou", codec), BoxReward(third, codec, alpha)]
 
 # %% ../nbs/07_rewards.ipynb #8231e230

@@ -418,13 +418,15 @@ def evaluate_command(args):
         if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
         if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
-        with warnings.catch_warnings(record=True) as said: modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
+        with warnings.catch_warnings(record=True) as said:
+            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
         about = dict(split=split, hash=split_hash(splits[split]))
         if args.out: write_tables(args.out, modes=modes.assign(**about), strata=strata.assign(**about))
     except (ValueError, OSError) as e:
         complain(e)
         return 2
-    for warning in said: complain(warning.message)
+    for warning in said:
+        if warning.category is UserWarning: complain(warning.message)
     lost = sum(f.rows for f in findings if not f.kept)
     if lost: show(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
     show(f"{args.predictions} against {split} of {args.data}, hash {about['hash']}")

@@ -67,14 +67,14 @@ def get_scale(
 
 # %% ../nbs/00_scale.ipynb #1efaf9d2
 def keep_memory():
-    "Let glibc keep freed blocks of up to 32 MiB, 1 GiB in all, for the next step. Other C libraries are left alone."
+    "Let glibc keep freed blocks of up to 32 MiB, 1 GiB in all, for the next step. Does nothing elsewhere."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt: mallopt(-3, 32 << 20), mallopt(-1, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
 
 def start(
     seed: int,  # any non-negative integer
 ):
-    "Seed Python, numpy and torch; without a GPU also keep torch to one thread and freed memory for the next step."
+    "Seed Python, numpy and torch; without a GPU also keep torch to one thread, and `keep_memory`."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from transformers import set_seed

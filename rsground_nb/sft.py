@@ -33,7 +33,7 @@ from .synthesis import chain_stage, load_chains
 
 # %% ../nbs/06_sft.ipynb #079f76f6
 class AnswersTrainer(SFTTrainer):
-    "TRL's SFT, on a CPU with the head on scored places only, as TRL has it on a GPU: the same loss in less time."
+    "TRL's SFT with the head on scored places only on a CPU, too, as TRL has it on a GPU: the same loss."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         all_logits = return_outputs or self.label_smoother or self.compute_loss_func
@@ -71,7 +71,7 @@ def sft_trainer(
                          processing_class=processor, peft_config=adapt(model, scale.lora_rank))
     check_moving(trainer.model)
     passes = trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    trainer.model_accepts_loss_kwargs = passes > 1  # TRL's loss divides by the tokens of the step, not of each pass
+    trainer.model_accepts_loss_kwargs = passes > 1  # TRL's loss divides by the step's tokens, not each pass's
     return trainer
 
 # %% ../nbs/06_sft.ipynb #c8d73e9c
@@ -112,8 +112,8 @@ def last_checkpoint(
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 class Safeguard(TrainerCallback):
-    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would spoil the weights.
-    In fp16 a GradScaler leaves out a step whose gradients its scale made too large, and halves the scale: that is let pass as long as the scale is above 1."""
+    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a step that would
+    spoil the weights. With fp16, where a GradScaler itself leaves out such a step and halves its scale, only at a scale of 1."""
     def __init__(self, minutes=0.0):  # up to the checkpoint that this piece starts from
         self.minutes, self.began = minutes, time.time()
 
@@ -215,24 +215,26 @@ def train_sft(
     "Train on the chains and save. Every process of a distributed run calls it."
     start(seed)
     model, processor = load_vlm(size.model, size.max_pixels, dtype=training_dtype(size.lora_rank))
-    rows = load_chains(chains, load_data(data, size, seed)[0]["train"], codec_of(model.config.model_type, processor))
-    trainer = sft_trainer(model, processor, rows, size, seed, folder / "trainer", **checkpoints(size.sft_steps))
+    train, codec = load_data(data, size, seed)[0]["train"], codec_of(model.config.model_type, processor)
+    rows, keep = load_chains(chains, train, codec), checkpoints(size.sft_steps)
+    trainer = sft_trainer(model, processor, rows, size, seed, folder / "trainer", **keep)
     train_and_save(trainer, processor, folder, data=data, seed=seed, **asdict(size))
 
 def sft_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder; this stage writes to `sft` inside it
 ) -> Path:
-    """Folder of the CoT-SFT model of a run: `sft/model`. Trains it unless it is there, from where an earlier try was
-    interrupted; on a CPU with as many processes as the scale says.
-    Raises ValueError if `out` belongs to another run or cannot be written to, RuntimeError if the training stops."""
+    """Folder of the CoT-SFT model of a run: `sft/model`. Trains it unless it is there, from where an earlier try
+    was interrupted; on a CPU with as many processes as the scale says. Raises ValueError if `out` belongs to
+    another run or cannot be written to, RuntimeError if the training stops."""
     folder, settings = Path(out) / "sft", settings_of(data, scale, seed)
     if stage_ready(folder, **settings): return folder / "model"
     check_folder(folder)
     size = get_scale(scale)
     chains = chain_stage(data, scale, seed, out)
-    work = importlib.import_module("rsground_nb.sft").train_sft  # by its module's name: other processes cannot find what a notebook defines
-    on_processes(1 if torch.cuda.is_available() else size.processes, work, str(data), size, seed, chains, folder)
+    work = importlib.import_module("rsground_nb.sft").train_sft  # other processes cannot find what a notebook defines
+    count = 1 if torch.cuda.is_available() else size.processes
+    on_processes(count, work, str(data), size, seed, chains, folder)
     finish_stage(folder, **settings)
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     return folder / "model"
