@@ -46,7 +46,7 @@ def judge(
     if len(rows) != len(drafts): raise ValueError(f"{len(drafts)} drafts for {len(rows)} rows: they must come in pairs")
     lines = []
     for row, draft in zip(rows.remove_columns("image"), drafts):
-        faults = find_faults(draft.completion, row, codec, lowest_iou) if draft.completion else []
+        faults = find_faults(draft.completion, row, codec, lowest_iou) if draft.completion and not draft.thought else []
         asked = {name: row[name] for name in ("expression_id", "image_id", "split", "expression", "box", "width", "height", "category")}
         lines.append(dict(**asked, completion=draft.completion, verdict=verdict(faults) if draft.completion else "no_reply", faults=[asdict(f) for f in faults],
                           trouble=draft.trouble, details=draft.details, **made_by))
@@ -86,7 +86,7 @@ def synthesise(
     **made_by,                # teacher and prompt_version of the drafts
 ):
     "(dataset, table): `training_rows` and the table of `judge` they come from."
-    if drafts is None: drafts, made_by = rule_drafts(rows, codec, seed), dict(teacher="rule", prompt_version=RULE_VERSION)
+    if drafts is None: drafts, made_by = rule_drafts(rows, codec), dict(teacher="rule", prompt_version=RULE_VERSION)
     table = judge(rows, drafts, codec, lowest_iou, **made_by, seed=seed)
     return training_rows(rows, table), table
 
@@ -227,7 +227,7 @@ def make_chains(
     check_folder(folder)
     for slip in (folder, folder / "unfinished"): stage_ready(slip, **settings)
     finish_stage(folder / "unfinished", **settings)  # from here on the folder belongs to this work
-    drafts = chat_drafts(rows, codec, server, folder / "replies.sqlite", budget) if server else rule_drafts(rows, codec, seed)
+    drafts = chat_drafts(rows, codec, server, folder / "replies.sqlite", budget) if server else rule_drafts(rows, codec)
     table = judge(rows, drafts, codec, lowest_iou, **made_by, seed=seed)
     write_table(table, folder / "chains.jsonl")
     write_whole(folder / "counts.csv", count_verdicts(table).to_csv())
