@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STRICT', 'Place', 'THOUGHT_TYPE', 'THOUGHT_SCHEMA', 'RULE_VERSION', 'REACH', 'AXES', 'EXTREMES', 'FIRST', 'RANKS',
            'STYLES', 'PLACES', 'Target', 'Cue', 'Candidate', 'Step', 'Thought', 'Draft', 'check_indices', 'from_json',
-           'to_json', 'answer_of', 'centre', 'stands', 'cell_words', 'ninth', 'is_at', 'measures', 'ranked', 'read_cue',
+           'to_json', 'answer_of', 'centre', 'stands', 'cell_words', 'is_at', 'measures', 'ranked', 'read_cue',
            'outcomes', 'plural', 'noun_of', 'order_words', 'bare', 'cues_of', 'stated', 'find_target', 'plain',
-           'fitting', 'name_of', 'in_sequence', 'solve', 'make_thought', 'place_of', 'render', 'rule_drafts']
+           'fitting', 'name_of', 'in_sequence', 'holding', 'solve', 'make_thought', 'place_of', 'render', 'rule_drafts']
 
 # %% ../nbs/05_cot.ipynb #0ebdf7e1
 import math
@@ -20,7 +20,7 @@ from datasets import Dataset
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .boxes import Codec, area, iou
-from .grammar import ORDINALS, RELATIONS, in_region, parse_expression, region
+from .grammar import ORDINALS, Phrase, in_region, parse_expression, region
 from .scenes import MARGIN
 
 # %% ../nbs/05_cot.ipynb #7d0a51c1
@@ -87,16 +87,17 @@ def check_indices(thought):
     "Raise ValueError, naming the field, for an index that points at nothing."
     def check(where, indices, count, what):
         for k in indices:
-            if not 0 <= k < count: raise ValueError(f"{where}: {k} is not one of {count} {what}, counted from 0")
+            if not 0 <= k < count: raise ValueError(f"{where}: {k} is none of {count} {what}, counted from 0")
     for k, step in enumerate(thought.steps):
         check(f"steps[{k}].anchors", step.anchors, k, "earlier steps")
         check(f"steps[{k}].left", step.left, len(step.candidates), "candidates")
         for a in step.anchors:
-            survivors = len(thought.steps[a].left)
-            if survivors != 1: raise ValueError(f"steps[{k}].anchors: step {a} leaves {survivors} candidates, an anchor is one")
+            left = len(thought.steps[a].left)
+            if left != 1: raise ValueError(f"steps[{k}].anchors: step {a} leaves {left} candidates, not one")
     if (thought.decision is None) == bool(thought.steps):
-        raise ValueError("decision: it is null if there are no steps, and else one of the last step's candidates")
-    if thought.steps: check("decision", [thought.decision], len(thought.steps[-1].candidates), "candidates of the last step")
+        raise ValueError("decision: it is null without steps, and else one of the last step's candidates")
+    for step in thought.steps[-1:]:
+        check("decision", [thought.decision], len(step.candidates), "candidates of the last step")
 
 def from_json(
     text: str,
@@ -105,9 +106,9 @@ def from_json(
     try: thought = THOUGHT_TYPE.validate_json(text)
     except ValidationError as e:
         first = e.errors()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
         shown = f", not {first['input']!r:.60}" if first["type"] != "missing" else ""
-        raise ValueError(f"{where or 'the whole'}: {first['msg'][0].lower()}{first['msg'][1:]}{shown}") from None
+        raise ValueError(f"{where.lstrip('.') or 'the whole'}: {first['msg']}{shown}") from None
     check_indices(thought)
     return thought
 
@@ -157,9 +158,9 @@ def stands(
     return False if any(lead < -margin for lead, margin, _ in leads) else None
 
 # %% ../nbs/05_cot.ipynb #7d0a51c5
-def cell_words(position): return position.replace("upper", "top").replace("lower", "bottom").replace("middle", "centre")
-
-def ninth(position): return re.sub(r"far |centre of the ", "", cell_words(position))
+def cell_words(position):
+    "The position in the words of the scenes: 'top left' for 'upper left'."
+    return position.replace("upper", "top").replace("lower", "bottom").replace("middle", "centre")
 
 def is_at(
     position: str,        # as in a Phrase
@@ -168,18 +169,20 @@ def is_at(
     "Does the centre of the box lie there? None if two ways to look at it disagree."
     there = in_region(position, box, width, height)
     if position.endswith("half"): return there
-    return there if there == (set(ninth(position).split()) <= set(region(box, width, height).split())) else None
+    ninth = re.sub(r"far |centre of the ", "", cell_words(position)).split()
+    return there if there == (set(ninth) <= set(region(box, width, height).split())) else None
 
 # %% ../nbs/05_cot.ipynb #7d0a51c7
 def measures(pick, box, size):
-    "(values to sort by, lead that counts) for a side, a corner, 'largest' or 'smallest'; None for any other word."
+    "(values to sort by, lead) for a side, a corner, 'largest' or 'smallest'; None for other words."
     if pick in EXTREMES:
-        sign = 1 if pick == "smallest" else -1
-        return (sign * math.log(area(box) or 1e-9), sign * math.log(max(box[2] - box[0], box[3] - box[1], 1e-9))), math.log(1.1)
+        sides = area(box), max(box[2] - box[0], box[3] - box[1])
+        return tuple((1 if pick == "smallest" else -1) * math.log(max(v, 1e-9)) for v in sides), math.log(1.1)
     words = pick.split()
     if not words or not AXES.keys() >= set(words): return None
-    away = [(c if sign < 0 else s - c) / s for axis, sign in map(AXES.get, words) for c, s in [(centre(box)[axis], size[axis])]]
-    return (math.hypot(*away) if len(away) > 1 else away[0],), MARGIN
+    middle = [c / s for c, s in zip(centre(box), size)]
+    away = [middle[axis] if sign < 0 else 1 - middle[axis] for axis, sign in map(AXES.get, words)]
+    return (math.hypot(*away),), MARGIN
 
 def ranked(
     values: list,  # tuples, one an object: what comes first has the smallest
@@ -191,21 +194,23 @@ def ranked(
     def clear(a, b): return all(v - u > lead for u, v in zip(a, b))
     found = []
     for mine in values:
-        first, last = sum(clear(v, mine) for v in values), len(values) - 1 - sum(clear(mine, v) for v in values)
+        first, last = sum(clear(v, mine) for v in values), len(values) - 1
+        last -= sum(clear(mine, v) for v in values)
         found.append(None if first <= place <= last and first < last else first == place == last)
     return found
 
 # %% ../nbs/05_cot.ipynb #7d0a51c9
 @cache
 def read_cue(kind, words):
-    "(what, rank) that the words of a cue ask for: ('left', 2), ('largest', 1), ('top left', 0), ('nearest', 1); ('', 0) if they say nothing that boxes can show."
+    """(what, rank) that a cue asks for: ('left', 2), ('largest', 1), ('upper left', 0), ('nearest', 1);
+    ('', 0) if it says nothing that boxes can show."""
     if kind == "relation":
         words = re.sub(r" it$", "", words)
-        asked = parse_expression(f"the object {words} the object").relations
-        if len(asked) != 1: return "", 0
-        return ("nearest", 1) if re.match("nearest|closest", words) else (asked[0].kind if asked[0].kind != "near" else "", 0)
-    said = next((p for t in (f"the {words} object", f"the object {words}") for p in [parse_expression(t)] if not p.unknown and p.target), None)
-    if said is None: return "", 0
+        asked = [r.kind for r in parse_expression(f"the object {words} the object").relations]
+        if asked == ["near"] and re.match("nearest|closest", words): return "nearest", 1
+        return (asked[0] if len(asked) == 1 and AXES.keys() >= set(asked[0].split()) else "", 0)
+    tried = map(parse_expression, (f"the {words} object", f"the object {words}"))
+    said = next((phrase for phrase in tried if phrase.target and not phrase.unknown), Phrase(words))
     if kind == "position": return said.position, 0
     if kind == "order": return next(((side, rank) for rank, side in said.order if side), ("", 0))
     *rank, pick = said.size.split() or [""]
@@ -228,17 +233,20 @@ def outcomes(
     return ranked([(math.dist(centre(box), centre(anchors[0])) / max(size),) for box in boxes], MARGIN, 1)
 
 # %% ../nbs/05_cot.ipynb #06b61c5f
-def plural(noun): return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("" if noun.endswith("is") else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+def plural(noun):
+    if noun.endswith("is"): return noun
+    return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 def noun_of(row, phrase):
-    """What the sentence calls the target; else its category; else 'object' or, where it was not understood, the expression without its article.
-    Raises ValueError for an empty expression, or for signs that an answer must not hold."""
-    if not (row["expression"] or "").strip(): raise ValueError("expression is empty")
+    """What the sentence calls the target; else its category; else 'object' or, where it was not understood,
+    the expression. Raises ValueError for an empty one, or for signs that an answer must not hold."""
+    spoken = (row["expression"] or "").strip(" .")
+    if not spoken: raise ValueError("expression is empty")
     understood = not set(phrase.target.split()) <= set(phrase.unknown)
-    spoken = re.sub(r"^(?:the|a|an) ", "", row["expression"].strip(" ."), flags=re.I) if phrase.unknown else "object"
+    spoken = re.sub(r"^(?:the|a|an) ", "", spoken, flags=re.I) if phrase.unknown else "object"
     noun = understood and phrase.target or row.get("category") or spoken
     if re.search(r"[<>\[\](){}]", noun):
-        raise ValueError(f"expression and category leave {noun!r} as a name, which has signs that belong to an answer")
+        raise ValueError(f"expression and category leave {noun!r}, which has signs that belong to an answer")
     return noun if phrase.number == 1 else plural(noun)
 
 FIRST = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
@@ -252,20 +260,22 @@ def order_words(rank, side):
 def bare(text): return re.sub(r"\b(?:the|a|an|(?:that|which) (?:is|are)) ", "", text)
 
 def cues_of(phrase):
-    "[(Cue, anchors)] of a phrase in the order in which they are resolved: what filters (relations, position) before what picks (nearest, order, size)."
+    "[(Cue, anchors)]: what filters (relations, position) before what picks (nearest, order, size)."
     found = [(Cue("relation", r.words), r.anchors) for r in phrase.relations]
     if phrase.position: found.append((Cue("position", cell_words(phrase.position)), ()))
     found += [(Cue("order", order_words(rank, side)), ()) for rank, side in phrase.order]
     if phrase.size: found.append((Cue("size", phrase.size), ()))
-    return sorted(found, key=lambda c: c[0].kind in ("order", "size") or c[0].words.startswith(("nearest", "closest")))
+    nearest = ("nearest to", "closest to")
+    return sorted(found, key=lambda c: c[0].kind in ("order", "size") or c[0].words in nearest)
 
 def stated(phrase):
     "The cues as the sentence states them, anchors included."
-    return [Cue(cue.kind, " ".join([cue.words, " and ".join(bare(a.text) for a in anchors)]).strip()) for cue, anchors in cues_of(phrase)]
+    return [Cue(cue.kind, f"{cue.words} {' and '.join(bare(a.text) for a in anchors)}".strip())
+            for cue, anchors in cues_of(phrase)]
 
 # %% ../nbs/05_cot.ipynb #611692ad
 def find_target(row):
-    "The entry of `objects` that is the target; None if the objects are not known. Raises ValueError if it is not among them."
+    "The target's entry in `objects`; None if they are not known. Raises ValueError if it has none."
     if row.get("objects") is None: return None
     same = [o for o in row["objects"] if list(o["box"]) == list(row["box"])]
     if not same: raise ValueError(f"objects ({len(row['objects'])}) hold none with the row's box")
@@ -273,44 +283,52 @@ def find_target(row):
     if not target["category"]: raise ValueError("objects: the one with the row's box has no category")
     return target
 
+@cache
 def plain(name): return re.sub(r"[-_\s]+", " ", name or "").strip().lower()
 
 def fitting(find, objects):
-    "The objects with that name, from left to right."
-    fits = [o for o in objects if plain(o["category"]) == plain(find.category) and all(a == o["colour"] for a in find.attributes)]
+    "The objects with that name, from left to right; a colour that is not known fits."
+    fits = [o for o in objects if plain(o["category"]) == plain(find.category)]
+    fits = [o for o in fits if not o["colour"] or all(a == o["colour"] for a in find.attributes)]
     return sorted(fits, key=lambda o: centre(o["box"]))
 
-def name_of(phrase, objects, goal):
-    "The Target to find: for the goal its category, and its colour where the sentence says it and the colours of its kind are known."
+def name_of(phrase, goal):
+    "The Target to find: for the goal its category, and its colour where the sentence says it."
     if not goal: return Target(phrase.target, list(phrase.attributes))
-    known = all(o["colour"] for o in objects if o["category"] == goal["category"])
-    return Target(goal["category"], [a for a in phrase.attributes if known and a == goal["colour"]])
+    return Target(goal["category"], [a for a in phrase.attributes if a == goal["colour"]])
 
 def in_sequence(cue, things, size):
     "The candidates of an order as they are counted from its side."
     what, _ = read_cue(cue.kind, cue.words)
-    return sorted(things, key=lambda o: measures(what, o["box"], size)[0]) if cue.kind == "order" and what in FIRST else things
+    if cue.kind != "order" or what not in FIRST: return things
+    return sorted(things, key=lambda o: measures(what, o["box"], size)[0])
+
+def holding(cue, things, anchors, size, goal):
+    "Which of the things a cue leaves; [] where the boxes cannot show it, or refute it for the goal."
+    unclear = len(anchors) > 1 or any(a is None or a is goal for a in anchors)
+    if unclear or not read_cue(cue.kind, cue.words)[0]: return []
+    found = outcomes(cue, [o["box"] for o in things], [a["box"] for a in anchors], size)
+    left = [k for k, holds in enumerate(found) if holds or (holds is None and goal in (None, things[k]))]
+    return left if not goal or any(things[k] is goal for k in left) else []
 
 def solve(phrase, row, steps, goal=None):
-    """Append to `steps` what leads to the object that a phrase names; the object, None if the boxes do not say which.
+    """Append to `steps` what leads to the object that a phrase names; the object, None if unclear.
     With a `goal`, cues that the boxes refute or cannot show make no step, and the goal is always left."""
     size, begun = (row["width"], row["height"]), len(steps)
-    find = name_of(phrase, row["objects"], goal)
+    find = name_of(phrase, goal)
     things = fitting(find, row["objects"])
     for cue, named in cues_of(phrase):
-        count, found = len(steps), None
+        count, things = len(steps), in_sequence(cue, things, size)
         anchors = [solve(a, row, steps) for a in named]
-        things = in_sequence(cue, things, size)
-        if read_cue(cue.kind, cue.words)[0] and None not in anchors and not any(a is goal for a in anchors):
-            found = outcomes(cue, [o["box"] for o in things], [a["box"] for a in anchors], size)
-        left = [k for k, holds in enumerate(found or ()) if holds or (holds is None and goal in (None, things[k]))]
-        if not left or (goal and not any(things[k] is goal for k in left)):
+        left = holding(cue, things, anchors, size, goal)
+        if left:
+            came_in, things = [Candidate(**o) for o in things], [things[k] for k in left]
+            steps.append(Step(find, cue, [len(steps) - 1] * len(anchors), came_in, left))
+        else:
             del steps[count:]
             if not goal: return None
-            continue
-        steps.append(Step(find, cue, [len(steps) - 1] * bool(anchors), [Candidate(**o) for o in things], left))
-        things = [things[k] for k in left]
-    if len(steps) == begun: steps.append(Step(find, None, [], [Candidate(**o) for o in things], [*range(len(things))]))
+    if len(steps) == begun:
+        steps.append(Step(find, None, [], [Candidate(**o) for o in things], [*range(len(things))]))
     return things[0] if len(things) == 1 else None
 
 # %% ../nbs/05_cot.ipynb #06c1b506
@@ -318,25 +336,28 @@ def make_thought(
     row: dict,     # expression, box, width, height; category and objects may be missing or None
     codec: Codec,  # of the student
 ) -> Thought:
-    "The Thought that leads from the sentence to the box, by what the row proves. Raises ValueError, naming the row, where box or words do not allow it."
+    """The Thought that leads from the sentence to the box, by what the row proves.
+    Raises ValueError, naming the row, where box or words do not allow it."""
     try:
         answer_of(row, codec)
         phrase, goal, steps = parse_expression(row["expression"] or ""), find_target(row), []
         target = Target(noun_of(row, phrase), list(phrase.attributes))
         if goal: solve(phrase, row, steps, goal)
     except ValueError as e: raise ValueError(f"row {row.get('expression_id')!r}: {e}") from None
-    decision = next((k for k in steps[-1].left if steps[-1].candidates[k].box == goal["box"]), None) if goal else None
-    return Thought(target, stated(phrase), steps, decision, list(row["box"]))
+    box = list(row["box"])
+    decision = next(k for k in steps[-1].left if steps[-1].candidates[k].box == box) if goal else None
+    return Thought(target, stated(phrase), steps, decision, box)
 
 # %% ../nbs/05_cot.ipynb #d9f67900
 STYLES = {
     "short": dict(target="target: {}.", cues="cue: {}.", found="{}: {}.", left="{}: {}.", decide="take {}."),
-    "long": dict(target="The target is the {}.", cues="The cue is: {}.", found="I see the {} at {}.", left="Of these, {}: the one at {}.", decide="I take the one at {}."),
+    "long": dict(target="The target is the {}.", cues="The cue is: {}.", found="I see the {} at {}.",
+                 left="Of these, {}: the one at {}.", decide="I take the one at {}."),
 }
 PLACES = ("cells", "coarse", "full")
 
 def place_of(box, codec, width, height, places):
-    "Where the centre of a box is: 'cells' '37' (column and row of ten each), 'coarse' '37 74' (hundredths), 'full' '370 741' (the student's numbers)."
+    "The centre of a box: 'cells' '37' (column, row of ten), 'coarse' '37 74' (hundredths), 'full' '370 741'."
     x, y = centre(box)
     if places == "full": return "{:.0f} {:.0f}".format(*centre(codec.encode(box, width, height)))
     n = 10 if places == "cells" else 100
@@ -350,9 +371,10 @@ def render(
     style: str = "short",  # or long
     places: str = "cells",  # or coarse, full: numbers of the thought; the answer has all digits
 ) -> str:
-    "The completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` that tells a Thought. Raises ValueError for an unknown style or kind of places."
-    if style not in STYLES or places not in PLACES:
-        raise ValueError(f"style {style!r}, places {places!r}: use {' or '.join(STYLES)}, and {', '.join(PLACES)}")
+    """The completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` that tells a Thought.
+    Raises ValueError for an unknown style or kind of places."""
+    if style not in STYLES: raise ValueError(f"style {style!r}: use {' or '.join(STYLES)}")
+    if places not in PLACES: raise ValueError(f"places {places!r}: use {' or '.join(PLACES)}")
     texts = STYLES[style]
     def at(things): return ", ".join(place_of(o.box, codec, width, height, places) for o in things) or "none"
     def say(step, *parts): said.append(texts[step].format(*parts))
@@ -362,7 +384,8 @@ def render(
     for step in thought.steps:
         found = [step.candidates[k] for k in step.left]
         name = " ".join([*step.find.attributes, step.find.category])
-        if step.candidates != shown: say("found", name if len(step.candidates) == 1 else plural(name), at(step.candidates))
+        if step.candidates != shown:
+            say("found", name if len(step.candidates) == 1 else plural(name), at(step.candidates))
         if step.cue: say("left", f"{step.cue.words} it" if step.anchors else step.cue.words, at(found))
         shown = found
     say("decide", at([thought]))
@@ -377,8 +400,12 @@ def rule_drafts(
 ) -> list:
     "One Draft per row, in order; `trouble` where no Thought can be made."
     drafts = []
-    for row in rows.select_columns([c for c in rows.column_names if c not in ("image", "polygon", "mask")]).with_format("arrow")[:].to_pylist():
+    columns = [c for c in rows.column_names if c not in ("image", "polygon", "mask")]
+    for row in rows.select_columns(columns).with_format("arrow")[:].to_pylist():
         try: thought = make_thought(row, codec)
-        except ValueError as e: drafts.append(Draft(trouble=str(e))); continue
-        drafts.append(Draft(render(thought, codec, row["width"], row["height"], style, places), thought=thought))
+        except ValueError as e:
+            drafts.append(Draft(trouble=str(e)))
+            continue
+        text = render(thought, codec, row["width"], row["height"], style, places)
+        drafts.append(Draft(text, thought=thought))
     return drafts
