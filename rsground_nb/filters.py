@@ -109,8 +109,9 @@ def box_faults(written, row, codec, lowest_iou, raw=None):
     outside = [Fault("outside", f"{list(written)} in a frame of {fw} x {fh}")] if out else []
     if overlap >= lowest_iou: return outside
     convention, there = other_convention(raw or written, row, codec)
-    if convention and there > overlap + 0.1:
-        return [Fault("wrong_frame", f"right as {convention}, IoU {there:.2f} instead of {overlap:.2f}")]
+    mine = iou(raw, row["box"]) if raw else overlap
+    if convention and there > mine + 0.1:
+        return [Fault("wrong_frame", f"right as {convention}, IoU {there:.2f} instead of {mine:.2f}")]
     return [*outside, Fault("wrong_box", f"IoU {overlap:.2f}")]
 
 # %% ../nbs/05b_filters.ipynb #5c3e7a01
@@ -187,8 +188,8 @@ def anchor_faults(thought, row, seen, lowest_iou):
         fits = [r for r in said if read_cue("relation", r.words) == asked]
         meant = [[solve(a, row, []) for a in r.anchors] for r in fits]
         mine = [survivors(thought.steps[a], seen[a])[0] for a in step.anchors]
-        if not fits: faults.append(Fault("misread", f"steps[{k}].cue: the sentence has no {step.cue.words!r}"))
-        elif not any(len(m) == len(mine) and all(o is None or o is a for o, a in zip(m, mine)) for m in meant):
+        if not fits: faults.append(Fault("misread", f"steps[{k}].cue: not said: {step.cue.words!r}"))
+        elif not any(len(m) == len(mine) and all(o in (None, a) for o, a in zip(m, mine)) for m in meant):
             faults.append(Fault("wrong_anchor", f"steps[{k}].anchors: not what {step.cue.words!r} refers to"))
     return faults
 
@@ -228,7 +229,7 @@ PRIOR = (r"(?:given|provided|supplied|reference|gold(?:en|[- ]standard)?|true|ac
          r"|highlighted|indicated|designated|stored)")
 SOURCE = r"(?:prompt|instructions?|question|input|message|task|system|request|user|assignment|file|key)"
 SHOWN = (r"(?:an? |the |this |one )?(?:\w+ ){0,2}(?:image|picture|photo|scene|view|sentence|description"
-         r"|expression|quer|phrase|words|text|to (?:find|locate|look|search|box|identify))")  # the student sees it
+         r"|expression|quer|phrase|words|text|to (?:find|locate|look|search|box|identify))")
 TASK = "image picture photo sentence description expression query phrase words text"
 MY_TASK = "".join(f"(?<!{word} )" for word in TASK.split())
 IN_TASK = (r"(?! (?:by|in|from|as) (?:the (?:sent|desc|expr|text|quer|phrase|words|edge|frame)|its|these"
@@ -350,10 +351,10 @@ def find_faults(
     row: dict,    # expression, box, width, height; category and objects if known (chapter 03)
     codec: Codec,  # of the student
     lowest_iou: float = 0.5,
-    thought: Thought | None = None,  # that the text tells; None: free text, judged by form, box and leaks
+    thought: Thought | None = None,  # that the text tells; None: free text, of which only the rest is judged
 ) -> list:
     "All Faults of a chain in the order of CODES; [] if it may be kept."
     told, written, faults = take_apart(text)
     if written: faults += box_faults(written, row, codec, lowest_iou, thought and thought.box)
-    faults += thought_faults(thought, row, lowest_iou) if thought else leak_faults(told)
+    faults += leak_faults(told) + (thought_faults(thought, row, lowest_iou) if thought else [])
     return sorted(faults, key=lambda f: [*CODES].index(f.code))
