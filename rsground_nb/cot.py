@@ -233,8 +233,10 @@ def outcomes(
         values, leads = zip(*(measures(what, box, size) for box in boxes))
         return ranked(values, leads[0], rank)
     if cue.kind != "relation" or not what or len(anchors) != 1: return [None] * len(boxes)
-    if what != "nearest": return [stands(what, box, anchors[0], size) for box in boxes]
-    return ranked([(math.dist(centre(box), centre(anchors[0])) / max(size),) for box in boxes], MARGIN, 1)
+    others = [list(box) != list(anchors[0]) for box in boxes]  # 'the ship left of the largest ship' is another ship
+    if what != "nearest": return [other and stands(what, box, anchors[0], size) for box, other in zip(boxes, others)]
+    away = [math.dist(centre(box), centre(anchors[0])) / max(size) if other else math.inf for box, other in zip(boxes, others)]
+    return ranked([(d,) for d in away], MARGIN, 1)
 
 # %% ../nbs/05_cot.ipynb #06b61c5f
 def plural(noun):
