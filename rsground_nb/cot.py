@@ -169,7 +169,6 @@ def stands(
     if all(lead > max(margin, off) for lead, margin, off in leads): return True
     return False if any(lead < -margin for lead, margin, _ in leads) else None
 
-# %% ../nbs/05_cot.ipynb #7d0a51c5
 def cell_words(position):
     "The position in the words of the scenes: 'top left' for 'upper left'."
     return position.replace("upper", "top").replace("lower", "bottom").replace("middle", "centre")
@@ -352,7 +351,6 @@ def solve(phrase, row, steps, goal=None):
         steps.append(Step(find, None, [], [Candidate(**o) for o in things], [*range(len(things))]))
     return things[0] if len(things) == 1 else None
 
-# %% ../nbs/05_cot.ipynb #06c1b506
 def make_thought(
     row: dict,     # expression, box, width, height; category and objects may be missing or None
     codec: Codec,  # of the student
