@@ -222,7 +222,7 @@ def make_chains(
     folder, began = Path(folder), time.time()
     if seed < 0 or samples < 0 or not 0 <= lowest_iou <= 1: raise ValueError(f"seed {seed} and samples {samples} are at least 0, lowest_iou {lowest_iou} is from 0 to 1")
     made_by = dict(teacher=f"chat: {server.model}", prompt_version=PROMPT_VERSION) if server else dict(teacher="rule", prompt_version=RULE_VERSION)
-    asked = {"asked": {name: getattr(server, name) for name in ("max_tokens", "temperature", "seed", "structured", "more")}} if server else {}
+    asked = {"asked": server.manners()} if server else {}
     settings = dict(**made_by, seed=seed, lowest_iou=lowest_iou, codec=asdict(codec), rows=len(rows), hash=split_hash(rows), **asked)
     check_folder(folder)
     for slip in (folder, folder / "unfinished"): stage_ready(slip, **settings)

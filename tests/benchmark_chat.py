@@ -124,7 +124,7 @@ def count_up(pair, count, seed, first, facts):
     server, when, key_of, log, drafts = server_at(pair.port), stored(pair.folder), {}, log_lines(pair.folder), pair.drafts()
     for row in make_rows(count, seed).cast_column("image", Image(decode=False)):
         question = make_question(row, CODEC)
-        key_of[body_hash(make_request(server, question.prompt, data_url(question), True))] = content_key(server, question, True)
+        key_of[body_hash(make_request(server, question.prompt, data_url(question), "json_schema"))] = content_key(server, question, "json_schema")
     asked = [x for x in log if x["what"] == "asked"]
     late = [x for x in asked if x["time"] > when[key_of[x["hash"]]]]
     ends = [r["began"] for r in pair.runs[1:]] + [float("inf")]
