@@ -8,8 +8,8 @@ __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUN
            'CUE_KINDS', 'WITH', 'FIRST_WORDS', 'LINKS', 'ENDINGS', 'REGIONS', 'split_words', 'skip', 'side',
            'direction', 'Phrase', 'Relation', 'blank', 'finish', 'read_modifier', 'read_noun', 'read_anchors',
            'add_relation', 'kind_of', 'read_place', 'add_order', 'read_group', 'read_relation', 'read_again',
-           'read_late', 'read_negation', 'read_tail', 'read_text', 'parse_expression', 'cues', 'region', 'in_region',
-           'unknown_position', 'follows', 'absolute', 'positions']
+           'read_late', 'read_negation', 'read_tail', 'read_text', 'parse_expression', 'cues', 'hops', 'region',
+           'in_region', 'unknown_position', 'follows', 'absolute', 'positions']
 
 # %% ../nbs/03c_grammar.ipynb #a4a2d9fc
 import re
@@ -90,10 +90,11 @@ def skip(words, i, some, most=4):
     return i
 
 def side(words, i):
-    "(position, next) of 'left', 'far top', 'upper left', 'middle', 'top centre'; ('', i) if there is none."
+    "(position, next) of 'left', 'far top', 'upper left', 'left half', 'middle', 'top centre'; ('', i) if there is none."
     j = i + (words[i] in ("far", "extreme", "very"))
     first = SIDES.get(words[j])
     if not first: return (CORNERS[words[j]], j + 1) if words[j] in CORNERS else ("", i)
+    if words[j + 1] == "half" and first != "middle": return f"{first} half", j + 2
     pair = PAIRS.get((first, SIDES.get(words[j + 1])))
     name, n = (pair, j + 2) if pair else (first, j + 1)
     if j > i and name[:5] not in ("upper", "lower"): name = re.sub(r"(left|right|top|bottom)$", r"far \1", name)
@@ -300,6 +301,7 @@ FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 def read_tail(words, i, said):
     "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
     while words[i] and not (said.depth and words[i] in ENDINGS):
+        if words[i] in ("that", "which") and words[i + 1] == "is" and words[i + 2] in SUPERLATIVES: i += 2  # 'that is nearest to'
         n = i
         for reading in (read_negation, read_place, read_group, read_late, read_relation, read_again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
@@ -329,11 +331,20 @@ def cues(
     "(kind, words) of each cue in reading order, anchors included; kinds: order, relation, position, size, colour."
     return [(kind, words) for _, kind, words in sorted(read_text(text)[1], key=lambda mark: mark[0])]
 
+# %% ../nbs/03c_grammar.ipynb #b71f0a53
+def hops(
+    phrase: Phrase,
+) -> int:
+    "Steps that lead to the target, at least 1: one for its position, its order or size, each relation, and those of the anchors."
+    own = bool(phrase.position) + bool(phrase.order or phrase.size) + len(phrase.relations)
+    return max(1, own) + sum(hops(anchor) for relation in phrase.relations for anchor in relation.anchors)
+
 # %% ../nbs/03c_grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
     "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1),
     "middle": (0.3, 0.3, 0.7, 0.7),
     "left": (0, 0, 0.4, 1), "right": (0.6, 0, 1, 1), "top": (0, 0, 1, 0.4), "bottom": (0, 0.6, 1, 1),
+    "left half": (0, 0, 0.5, 1), "right half": (0.5, 0, 1, 1), "top half": (0, 0, 1, 0.5), "bottom half": (0, 0.5, 1, 1),
     "far left": (0, 0, 0.35, 1), "far right": (0.65, 0, 1, 1), "far top": (0, 0, 1, 0.35), "far bottom": (0, 0.65, 1, 1),
     "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7),
     "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
