@@ -211,6 +211,7 @@ def cot_options(cot):
     cot.add_argument("--key-env", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
     cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
     cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
+    cot.add_argument("--free-text", action="store_true", help="let the server write sentences instead of fields; they are judged by form, box and leaks alone")
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
 # %% ../nbs/90_run.ipynb #7fe65936
@@ -374,12 +375,12 @@ def server_of(args):
     "The chat teacher that the options mean, or None for the rule teacher. Raises ValueError for options that do not fit together."
     from rsground_nb.chat import Server
     if args.teacher == "rule":
-        given = args.url, args.model, args.key_env, args.settings, args.budget
-        if set(given) != {None}: raise ValueError("--url, --model, --key-env, --settings and --budget are for --teacher chat")
+        given = args.url, args.model, args.key_env, args.settings, args.budget, args.free_text or None
+        if set(given) != {None}: raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are for --teacher chat")
         return None
     if not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
     named = {} if args.key_env is None else {"key_env": args.key_env}
-    try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, **json.loads(args.settings or "{}")})
+    try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError, RecursionError) as e: raise ValueError(f"--settings {{…}}: {e}") from None
     if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
     return server

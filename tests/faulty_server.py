@@ -5,6 +5,7 @@
 Every request adds a line to LOG: time, SHA-256 of its body (as JSON with sorted keys), what was done, the retry number that the client states, its key, the kind of reply it asks for.
 A fault that goes on and on ("drip", "endless") adds a line to LOG.sent when the client has hung up, or after its 2,000 parts: how many parts were sent.
 "raw=JSON" answers with that JSON; "unless_KIND=STATUS" answers with the status unless the request asks for a reply of that kind (json_schema, json_object, text), "at=MEMBER:VALUE" puts a value into a good reply ("KEY" in it stands for the key).
+A prompt that asks for "steps" gets a Thought without any, another one gets sentences; "text=..." answers with that text, in which BOX stands for the true box.
 It ends when the process that started it closes its standard input.
 """
 import gzip
@@ -26,9 +27,11 @@ def body_hash(body):
 
 
 def reply_to(body, fault):
-    box = json.loads(re.search(r"\[\d+, \d+, \d+, \d+\]", body["messages"][0]["content"][1]["text"])[0])
+    prompt = body["messages"][0]["content"][1]["text"]
+    box = json.loads(re.search(r"\[[\d.]+, [\d.]+, [\d.]+, [\d.]+\]", prompt)[0])
     centre = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
     text, reason = json.dumps({"reasoning": f"The sentence names one thing. It lies at {centre}.", "box": box}), "stop"
+    if '"steps"' in prompt: text = json.dumps({"target": {"category": "ship", "attributes": []}, "cues": [], "steps": [], "decision": None, "box": box})
     if fault == "tags" or ("response_format" not in body and fault == "noformat"): text = f"<think>It lies at {centre}.</think><answer>{box}</answer>"
     if fault == "length": text, reason = text[:40], "length"
     if fault == "abort": text, reason = text[:40], "abort"
@@ -106,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         if name.isdigit(): return self.error(int(name), f"HTTP {name} for the key {key}" + "\ud83d" * (value == "surrogate"))
         if name == "noformat" and "response_format" in body: return self.error(400, "response_format is not supported")
         made = reply_to(body, name)
+        if name == "text": made["choices"][0]["message"]["content"] = value.replace("BOX", re.search(r"\[[\d.]+(?:, [\d.]+){3}\]", body["messages"][0]["content"][1]["text"])[0])
         if name == "at": put(made, value.partition(":")[0], json.loads(value.partition(":")[2].replace("KEY", key)))
         data = json.dumps(made).encode()
         if name == "cut": return self.send(200, data[:len(data) // 2], length=len(data)) or self.close()

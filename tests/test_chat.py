@@ -44,7 +44,7 @@ class Faulty:
         self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "faulty_server.py"), str(self.port), str(self.file), *faults], stdin=subprocess.PIPE, stdout=out.open("w"), stderr=subprocess.STDOUT)
         wait_for(self.process, self.port, out, 30)
 
-    def server(self, **settings): return Server(f"http://127.0.0.1:{self.port}/v1", "m", **{"max_retries": 2, "workers": 1, "timeout": 20, **settings})
+    def server(self, **settings): return Server(f"http://127.0.0.1:{self.port}/v1", "m", **{"max_retries": 2, "workers": 1, "timeout": 20, "free_text": True, **settings})
 
     def log(self): return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
@@ -170,13 +170,13 @@ def test_a_reply_cut_by_its_limit_is_kept_and_has_no_box(faulty, tmp_path):
 
 def test_an_empty_reply_is_trouble_and_paid_once(faulty, tmp_path):
     s = faulty("always:empty")
-    for _ in range(2): assert draw(s.server(), tmp_path, 1)[0].trouble == "the reply is empty (finish_reason stop)"
+    for _ in range(2): assert draw(s.server(), tmp_path, 1)[0].trouble == f"row {ROWS[0]['expression_id']!r}: the reply is empty (finish_reason stop)"
     assert len(s.log()) == 1
 
 
 def test_thoughts_that_use_up_the_limit_are_told(faulty, tmp_path):
     s = faulty("always:thinks")
-    for _ in range(2): assert draw(s.server(), tmp_path, 1)[0].trouble == "the reply is empty (finish_reason length: it wrote only reasoning: max_tokens is too small)"
+    for _ in range(2): assert "the reply is empty (finish_reason length: it wrote only reasoning) (max_tokens is too small)" in draw(s.server(), tmp_path, 1)[0].trouble
     assert len(s.log()) == 1
 
 
@@ -389,7 +389,7 @@ def test_jobs_are_taken_when_a_thread_is_free():
 
 
 def picture_size(row, codec):
-    url = data_url(make_question(row, codec))
+    url = data_url(make_question(row, codec, free_text=True))
     return PILImage.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
 
 
@@ -399,18 +399,19 @@ def test_the_picture_has_the_size_of_the_students(codec, size):
     PILImage.new("L", (120, 90)).save(packed, "PNG")
     row = dict(image={"bytes": packed.getvalue(), "path": None}, expression="the ship", box=[60, 45, 120, 90], width=120, height=90)
     assert picture_size(row, codec) == size
-    if codec.name != "qwen3_vl": assert f"{size[0]} wide and {size[1]} high" in write_prompt(row, codec) and str(list(codec.encode(row["box"], 120, 90))) in write_prompt(row, codec)
-    else: assert "run from 0 to 1000" in write_prompt(row, codec) and "[500, 500, 1000, 1000]" in write_prompt(row, codec)
+    assert PILImage.open(io.BytesIO(base64.b64decode(data_url(make_question(row, codec)).partition(",")[2]))).size == (120, 90)
+    if codec.name != "qwen3_vl": assert f"{size[0]} wide and {size[1]} high" in write_prompt(row, codec, free_text=True) and str(list(codec.encode(row["box"], 120, 90))) in write_prompt(row, codec, free_text=True)
+    else: assert "run from 0 to 1000" in write_prompt(row, codec, free_text=True) and "[500, 500, 1000, 1000]" in write_prompt(row, codec, free_text=True)
 
 
 PLAIN = ROWS.cast_column("image", Image(decode=False))
 HERE = Server("http://127.0.0.1:1/v1", "m")
 
 
-@pytest.mark.parametrize("change", [dict(model="n"), dict(max_tokens=9), dict(temperature=1.0), dict(seed=1), dict(seed=None), dict(more={"top_p": 0.5}), dict(image=PLAIN[1]["image"]), dict(expression="the car"), dict(box=[1.0, 2.0, 30.0, 40.0]), dict(kind=TEXT), dict(kind=OBJECT)])
+@pytest.mark.parametrize("change", [dict(model="n"), dict(max_tokens=9), dict(temperature=1.0), dict(seed=1), dict(seed=None), dict(more={"top_p": 0.5}), dict(image=PLAIN[1]["image"]), dict(expression="the car"), dict(box=[1.0, 2.0, 30.0, 40.0]), dict(kind=TEXT), dict(kind=OBJECT), dict(free_text=True), dict(objects=None)])
 def test_what_shapes_the_answer_changes_the_key(change):
-    server = replace(HERE, **{k: v for k, v in change.items() if k in ("model", "max_tokens", "temperature", "seed", "more")})
-    row = {**PLAIN[0], **{k: v for k, v in change.items() if k in ("image", "expression", "box")}}
+    server = replace(HERE, **{k: v for k, v in change.items() if k in ("model", "max_tokens", "temperature", "seed", "more", "free_text")})
+    row = {**PLAIN[0], **{k: v for k, v in change.items() if k in ("image", "expression", "box", "objects")}}
     assert content_key(server, make_question(row, CODEC), change.get("kind", SCHEMA)) != content_key(HERE, make_question(PLAIN[0], CODEC), SCHEMA)
 
 
@@ -491,8 +492,9 @@ def test_the_prompt_version_follows_the_template():
     assert PROMPT_VERSION == hashlib.sha256(TEMPLATE.read_text(encoding="utf-8").encode()).hexdigest()[:8], "the template has changed: renew PROMPT_VERSION"
 
 
-def test_an_expression_is_text_to_the_template():
-    said = write_prompt({**PLAIN[0], "expression": 'the {{ box }} "ship" {% if %}\n<b>& {# x #}'}, CODEC)
+@pytest.mark.parametrize("free_text", [True, False])
+def test_an_expression_is_text_to_the_template(free_text):
+    said = write_prompt({**PLAIN[0], "expression": 'the {{ box }} "ship" {% if %}\n<b>& {# x #}'}, CODEC, free_text)
     assert 'the {{ box }} "ship" {% if %} <b>& {# x #}' in said
 
 
