@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Image
 
-from faulty_server import body_hash
+from faulty_server import body_hash, free_port, wait_for
 from rsground_nb.boxes import Codec
-from rsground_nb.chat import ASSETS, Server, chat_drafts, content_key, data_url, free_port, make_question, make_request, wait_for
+from rsground_nb.chat import ASSETS, Server, chat_drafts, content_key, data_url, make_question, make_request
 from rsground_nb.data import to_dataset
 from rsground_nb.scenes import scene_records
 

@@ -13,12 +13,30 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.request import urlopen
 
 GOOD = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}}
+
+
+def free_port():
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(process, port, log, seconds=120):
+    """Returns when the server answers. Raises RuntimeError with the end of its log if it ends or takes too long."""
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        try: return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except OSError: time.sleep(0.2)
+    raise RuntimeError(f"the server did not start: {log.read_text(encoding='utf-8', errors='replace')[-600:]}")
 
 
 def body_hash(body):

@@ -24,9 +24,10 @@ from PIL import Image as PILImage
 
 from benchmark_chat import kill_test
 from conftest import ROOT
+from faulty_server import free_port, wait_for
 from rsground_nb.boxes import Codec, parse_completion
-from rsground_nb.chat import (MOST_BYTES, MOST_LETTERS, PROMPT_VERSION, TEMPLATE, Client, Reply, ReplyCache, Server, chat_drafts, content_key, cost_table, data_url, free_port, in_threads,
-                              json_objects, make_question, read_reply, said_in, wait_for, without_secrets, write_prompt)
+from rsground_nb.chat import (MOST_BYTES, MOST_LETTERS, PROMPT_VERSION, TEMPLATE, Client, Reply, ReplyCache, Server, chat_drafts, content_key, cost_table, data_url, in_threads,
+                              json_objects, make_question, read_reply, said_in, without_secrets, write_prompt)
 from rsground_nb.data import to_dataset
 from rsground_nb.run import main
 from rsground_nb.scenes import scene_records

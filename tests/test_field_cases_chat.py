@@ -3,8 +3,9 @@ import json
 
 import pytest
 
+from faulty_server import free_port
 from rsground_nb.boxes import parse_completion
-from rsground_nb.chat import BoundedHttp, free_port
+from rsground_nb.chat import BoundedHttp
 from rsground_nb.run import main
 from test_chat import draw, faulty, no_key  # noqa: F401
 
