@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STRICT', 'Place', 'THOUGHT_TYPE', 'THOUGHT_SCHEMA', 'RULE_VERSION', 'REACH', 'AXES', 'EXTREMES', 'FIRST', 'RANKS',
-           'STYLES', 'PLACES', 'Target', 'Cue', 'Candidate', 'Step', 'Thought', 'Draft', 'check_indices', 'from_json',
-           'to_json', 'answer_of', 'centre', 'stands', 'cell_words', 'is_at', 'measures', 'ranked', 'read_cue',
-           'outcomes', 'plural', 'noun_of', 'order_words', 'bare', 'cues_of', 'stated', 'find_target', 'plain',
-           'fitting', 'name_of', 'in_sequence', 'holding', 'solve', 'make_thought', 'place_of', 'render', 'rule_drafts']
+           'STYLES', 'PLACES', 'has_area', 'Target', 'Cue', 'Candidate', 'Step', 'Thought', 'Draft', 'check_indices',
+           'from_json', 'to_json', 'answer_of', 'centre', 'stands', 'cell_words', 'is_at', 'measures', 'ranked',
+           'read_cue', 'outcomes', 'plural', 'noun_of', 'order_words', 'bare', 'cues_of', 'stated', 'find_target',
+           'plain', 'fitting', 'name_of', 'in_sequence', 'likeliest', 'holding', 'solve', 'make_thought', 'place_of',
+           'render', 'rule_drafts']
 
 # %% ../nbs/05_cot.ipynb #0ebdf7e1
 import math
@@ -17,15 +18,21 @@ from functools import cache
 from typing import Annotated, Literal
 
 from datasets import Dataset
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .boxes import Codec, area, iou
 from .grammar import ORDINALS, Phrase, in_region, parse_expression, region
 from .scenes import MARGIN
 
 # %% ../nbs/05_cot.ipynb #7d0a51c1
-STRICT = ConfigDict(extra="forbid", strict=True)
-Place = Annotated[list[float], Field(min_length=4, max_length=4)]  # x1, y1, x2, y2 in original pixels
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+def has_area(box):
+    if len(box) == 4 and box[0] < box[2] and box[1] < box[3]: return box
+    raise ValueError("x1 < x2 and y1 < y2 are needed")
+
+# a box: x1, y1, x2, y2 in original pixels
+Place = Annotated[list[float], Field(min_length=4, max_length=4), AfterValidator(has_area)]
 
 @dataclass
 class Target:
@@ -88,6 +95,7 @@ def check_indices(thought):
     def check(where, indices, count, what):
         for k in indices:
             if not 0 <= k < count: raise ValueError(f"{where}: {k} is none of {count} {what}, counted from 0")
+        if len({*indices}) < len(indices): raise ValueError(f"{where}: {indices} names one twice")
     for k, step in enumerate(thought.steps):
         check(f"steps[{k}].anchors", step.anchors, k, "earlier steps")
         check(f"steps[{k}].left", step.left, len(step.candidates), "candidates")
@@ -233,10 +241,10 @@ def outcomes(
         values, leads = zip(*(measures(what, box, size) for box in boxes))
         return ranked(values, leads[0], rank)
     if cue.kind != "relation" or not what or len(anchors) != 1: return [None] * len(boxes)
-    others = [list(box) != list(anchors[0]) for box in boxes]  # 'the ship left of the largest ship' is another ship
-    if what != "nearest": return [other and stands(what, box, anchors[0], size) for box, other in zip(boxes, others)]
-    away = [math.dist(centre(box), centre(anchors[0])) / max(size) if other else math.inf for box, other in zip(boxes, others)]
-    return ranked([(d,) for d in away], MARGIN, 1)
+    anchor = list(anchors[0])  # in 'the ship left of the largest ship' it is no candidate itself
+    if what != "nearest": return [list(box) != anchor and stands(what, box, anchor, size) for box in boxes]
+    away = [math.inf if list(box) == anchor else math.dist(centre(box), centre(anchor)) for box in boxes]
+    return ranked([(d / max(size),) for d in away], MARGIN, 1)
 
 # %% ../nbs/05_cot.ipynb #06b61c5f
 def plural(noun):
@@ -309,13 +317,20 @@ def in_sequence(cue, things, size):
     if cue.kind != "order" or what not in FIRST: return things
     return sorted(things, key=lambda o: measures(what, o["box"], size)[0])
 
+def likeliest(cue, things, size):
+    "The thing of the rank that a cue asks for, however small its lead."
+    what, rank = read_cue(cue.kind, cue.words)
+    order = sorted(range(len(things)), key=lambda k: sum(measures(what, things[k]["box"], size)[0]))
+    return order[rank - 1 if rank > 0 else rank]
+
 def holding(cue, things, anchors, size, goal):
     "Which of the things a cue leaves; [] where the boxes cannot show it, or refute it for the goal."
     unclear = len(anchors) > 1 or any(a is None or a is goal for a in anchors)
     if unclear or not read_cue(cue.kind, cue.words)[0]: return []
     found = outcomes(cue, [o["box"] for o in things], [a["box"] for a in anchors], size)
     left = [k for k, holds in enumerate(found) if holds or (holds is None and goal in (None, things[k]))]
-    return left if not goal or any(things[k] is goal for k in left) else []
+    if goal: return left if any(things[k] is goal for k in left) else []
+    return left if len(left) < 2 or cue.kind not in ("order", "size") else [likeliest(cue, things, size)]
 
 def solve(phrase, row, steps, goal=None):
     """Append to `steps` what leads to the object that a phrase names; the object, None if unclear.
@@ -384,16 +399,17 @@ def render(
     texts = STYLES[style]
     def at(things): return ", ".join(place_of(o.box, codec, width, height, places) for o in things) or "none"
     def say(step, *parts): said.append(texts[step].format(*parts))
-    said, shown = [], None
+    def centre_of(candidate): return centre(candidate.box)
+    said, shown = [], []  # shown: lists of candidates, in any order
     say("target", " ".join([*thought.target.attributes, thought.target.category]))
     if thought.cues: say("cues", ", ".join(cue.words for cue in thought.cues))
     for step in thought.steps:
         found = [step.candidates[k] for k in step.left]
         name = " ".join([*step.find.attributes, step.find.category])
-        if step.candidates != shown:
+        if sorted(map(centre_of, step.candidates)) not in shown:
             say("found", name if len(step.candidates) == 1 else plural(name), at(step.candidates))
         if step.cue: say("left", f"{step.cue.words} it" if step.anchors else step.cue.words, at(found))
-        shown = found
+        shown += [sorted(map(centre_of, group)) for group in (step.candidates, found)]
     say("decide", at([thought]))
     return f"<think>{' '.join(said)}</think><answer>{[*codec.encode(thought.box, width, height)]}</answer>"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODES', 'THOUGHT', 'CUT_OFF', 'ANSWER', 'PLAIN_SIGNS', 'FRAME_IOU', 'A_BOX', 'THING', 'PLACE', 'GIVEN', 'PRIOR',
            'SOURCE', 'SHOWN', 'TASK', 'MY_TASK', 'IN_TASK', 'THE', 'LEAKS', 'CHECKS', 'Fault', 'verdict', 'tidy',
-           'take_apart', 'other_frames', 'readings', 'other_convention', 'box_faults', 'words', 'named', 'texts_of',
+           'take_apart', 'other_frames', 'readings', 'other_convention', 'box_faults', 'words', 'named', 'unsaid',
            'misread_faults', 'annotated', 'candidate_faults', 'survivors', 'missing_faults', 'relations_of',
            'anchor_faults', 'outcome_faults', 'decision_faults', 'leak_faults', 'thought_faults', 'find_faults']
 
@@ -34,10 +34,10 @@ CODES = {
     "wrong_box": "the answer overlaps the truth too little",
     "leak": "free text betrays that its author was shown the box or other instructions",
     # of the fields of a Thought
-    "wrong_anchor": "a cue refers to another object than the sentence does",
     "misread": "target, cues or steps name what the sentence does not say, or leave out a cue of it",
     "wrong_candidate": "a candidate is not in the annotation, or not as it is described",
     "missing_candidate": "an object that belongs to the candidates is left out",
+    "wrong_anchor": "a cue refers to another object than the sentence does",
     "wrong_outcome": "what a cue leaves of the candidates is refuted by their boxes",
     "wrong_decision": "the decision does not follow from the last step, or the answer is another box",
 }
@@ -119,59 +119,56 @@ def words(text): return set(re.findall(r"[^\W_]+", (text or "").lower()))
 
 def named(find): return " ".join([*find.attributes, find.category])
 
-def texts_of(thought):
-    "(field, text) of all that a Thought says in words."
-    yield "target", named(thought.target)
-    yield from ((f"cues[{k}]", cue.words) for k, cue in enumerate(thought.cues))
-    for k, step in enumerate(thought.steps):
-        yield f"steps[{k}].find", named(step.find)
-        if step.cue: yield f"steps[{k}].cue", step.cue.words
-
-def misread_faults(thought, row, seen, lowest_iou):
-    "Faults misread: words that the sentence does not have; a kind of cue that is left out."
-    cues = stated(parse_expression(row["expression"]))
-    known = words(" ".join([row["expression"], row.get("category") or "", *(c.words for c in cues), "it"]))
+def unsaid(row, **texts):
+    "Faults misread for each text with words that neither the sentence has nor the row's category."
+    cues = " ".join(cue.words for cue in stated(parse_expression(row["expression"])))
+    known = words(f"{row['expression']} {row.get('category')} {cues} it")
     known |= {noun for word in [*known] for noun in (plural(word), PLURALS.get(word, word))}
-    faults = [Fault("misread", f"{where}: the sentence does not say {text!r}")
-              for where, text in texts_of(thought) if not words(text) <= known]
+    wrong = {name: text for name, text in texts.items() if not words(text) <= known}
+    return [Fault("misread", f"{name}: {text!r} is not said") for name, text in wrong.items()]
+
+def misread_faults(thought, row):
+    "Faults misread of the target and the cues: not in the sentence, or a kind of cue that is left out."
+    cues = stated(parse_expression(row["expression"]))
     missing = Counter(cue.kind for cue in cues) - Counter(cue.kind for cue in thought.cues)
-    return faults + [Fault("misread", f"cues: the {kind} of the sentence is left out") for kind in missing]
+    said = {f"cues[{k}]": cue.words for k, cue in enumerate(thought.cues)}
+    return unsaid(row, target=named(thought.target), **said) + [
+        Fault("misread", f"cues: the {kind} of the sentence is left out") for kind in missing]
 
 # %% ../nbs/05b_filters.ipynb #5c3e7a04
-def annotated(candidate, objects, lowest_iou):
-    "The object of the annotation that a candidate is; None if there is none with that name and place."
-    same = [o for o in objects if plain(o["category"]) == plain(candidate.category)]
-    best = max(same, key=lambda o: iou(candidate.box, o["box"]), default=None)
-    return best if best and iou(candidate.box, best["box"]) >= lowest_iou else None
+def annotated(step, objects, lowest_iou):
+    "The annotated object that each candidate is, each used once; None where none has its name and place."
+    found = []
+    for it in step.candidates:
+        same = [o for o in objects if plain(o["category"]) == plain(it.category)]
+        free = [o for o in same if all(o is not f for f in found)]
+        best = max(free, key=lambda o: (iou(it.box, o["box"]), it.colour == o["colour"]), default=None)
+        found.append(best if best and iou(it.box, best["box"]) >= lowest_iou else None)
+    return found
 
-def candidate_faults(thought, row, seen, lowest_iou):
-    "Faults wrong_candidate: not in the annotation, of another colour, not what is looked for, or twice."
-    faults = []
-    for k, step in enumerate(thought.steps):
-        fits = fitting(step.find, row["objects"])
-        for j, (it, o) in enumerate(zip(step.candidates, seen[k])):
-            if o is None: what = f"there is no {it.category} at {it.box}"
-            elif o["colour"] and it.colour not in (o["colour"], None): what = f"it is {o['colour']}"
-            elif not any(o is f for f in fits): what = f"the step looks for {named(step.find)}"
-            elif any(o is other for other in seen[k][:j]): what = "it is named twice"
-            else: continue
-            faults.append(Fault("wrong_candidate", f"steps[{k}].candidates[{j}]: {what}"))
+def candidate_faults(thought, k, row, seen):
+    "Faults wrong_candidate: not in the annotation, of another colour, or not what is looked for."
+    find, faults = thought.steps[k].find, []
+    fits = fitting(find, row["objects"])
+    for j, (it, o) in enumerate(zip(thought.steps[k].candidates, seen[k])):
+        if o is None: what = f"there is no {it.category} at {it.box}, or it is named twice"
+        elif o["colour"] and it.colour not in (o["colour"], None): what = f"it is {o['colour']}"
+        elif all(o is not f for f in fits): what = f"the step looks for {named(find)}"
+        else: continue
+        faults.append(Fault("wrong_candidate", f"steps[{k}].candidates[{j}]: {what}"))
     return faults
 
 def survivors(step, found): return [found[k] for k in step.left]
 
-def missing_faults(thought, row, seen, lowest_iou):
+def missing_faults(thought, k, row, seen):
     "Faults missing_candidate: a step needs all objects of its name, or all that an earlier step has left."
-    if not thought.steps: return [Fault("missing_candidate", "steps: none, but the row's objects are known")]
-    faults = []
-    for k, step in enumerate(thought.steps):
-        before = [(s, found) for s, found in zip(thought.steps[:k], seen) if s.find == step.find]
-        pools = [fitting(step.find, row["objects"]), *(survivors(s, found) for s, found in before)]
-        mine = {id(o) for o in seen[k]}
-        pool = min(pools, key=lambda pool: len(mine ^ {id(o) for o in pool}))
-        out = [f"the {o['category']} at {o['box']} is left out" for o in pool if o and id(o) not in mine]
-        faults += [Fault("missing_candidate", f"steps[{k}].candidates: {what}") for what in out]
-    return faults
+    find = thought.steps[k].find
+    before = [(s, found) for s, found in zip(thought.steps[:k], seen) if s.find == find]
+    pools = [fitting(find, row["objects"]), *(survivors(s, found) for s, found in before)]
+    mine = {id(o) for o in seen[k]}
+    pool = min(pools, key=lambda pool: len(mine ^ {id(o) for o in pool}))
+    out = [f"the {o['category']} at {o['box']} is left out" for o in pool if o and id(o) not in mine]
+    return [Fault("missing_candidate", f"steps[{k}].candidates: {what}") for what in out]
 
 # %% ../nbs/05b_filters.ipynb #5c3e7a07
 def relations_of(phrase):
@@ -179,35 +176,30 @@ def relations_of(phrase):
     own = phrase.relations
     return [*own, *(inner for r in own for anchor in r.anchors for inner in relations_of(anchor))]
 
-def anchor_faults(thought, row, seen, lowest_iou):
-    "Faults wrong_anchor: the anchors of a relation are not the objects that the sentence names there."
-    faults, said = [], relations_of(parse_expression(row["expression"]))
-    for k, step in enumerate(thought.steps):
-        if not step.cue or step.cue.kind != "relation": continue
-        asked = read_cue("relation", step.cue.words)
-        fits = [r for r in said if read_cue("relation", r.words) == asked]
-        meant = [[solve(a, row, []) for a in r.anchors] for r in fits]
-        mine = [survivors(thought.steps[a], seen[a])[0] for a in step.anchors]
-        if not fits: faults.append(Fault("misread", f"steps[{k}].cue: not said: {step.cue.words!r}"))
-        elif not any(len(m) == len(mine) and all(o in (None, a) for o, a in zip(m, mine)) for m in meant):
-            faults.append(Fault("wrong_anchor", f"steps[{k}].anchors: not what {step.cue.words!r} refers to"))
-    return faults
+def anchor_faults(thought, k, row, seen):
+    "Fault wrong_anchor: the anchors of a relation are not the objects that the sentence names there."
+    step = thought.steps[k]
+    if not step.cue or step.cue.kind != "relation": return []
+    said = relations_of(parse_expression(row["expression"]))
+    asked = [r for r in said if read_cue("relation", r.words) == read_cue("relation", step.cue.words)]
+    if not asked: return [Fault("misread", f"steps[{k}].cue: {step.cue.words!r} is not said")]
+    mine = [survivors(thought.steps[a], seen[a])[0] for a in step.anchors]
+    meant = [[solve(a, row, []) for a in r.anchors] for r in asked]
+    if any(len(m) == len(mine) and all(o in (None, a) for o, a in zip(m, mine)) for m in meant): return []
+    return [Fault("wrong_anchor", f"steps[{k}].anchors: not what {step.cue.words!r} refers to")]
 
-def outcome_faults(thought, row, seen, lowest_iou):
+def outcome_faults(thought, k, row, seen):
     "Faults wrong_outcome: a cue leaves a candidate for which it does not hold, or drops one that it fits."
-    faults = []
-    for k, step in enumerate(thought.steps):
-        boxes = [o["box"] if o else it.box for it, o in zip(step.candidates, seen[k])]
-        anchors = [o["box"] for a in step.anchors for o in survivors(thought.steps[a], seen[a]) if o]
-        size, cue = (row["width"], row["height"]), repr(step.cue.words) if step.cue else "the name"
-        truth = outcomes(step.cue, boxes, anchors, size) if step.cue else [True] * len(boxes)
-        for j, holds in enumerate(truth):
-            if holds is None or holds == (j in step.left): continue
-            what = f"{cue} {'holds' if holds else 'does not hold'} for candidate {j}"
-            faults.append(Fault("wrong_outcome", f"steps[{k}].left: {what}"))
-    return faults
+    step = thought.steps[k]
+    boxes = [o["box"] if o else it.box for it, o in zip(step.candidates, seen[k])]
+    anchors = [o["box"] for a in step.anchors for o in survivors(thought.steps[a], seen[a]) if o]
+    size, cue = (row["width"], row["height"]), repr(step.cue.words) if step.cue else "the name"
+    truth = outcomes(step.cue, boxes, anchors, size) if step.cue else [True] * len(boxes)
+    wrong = [j for j, holds in enumerate(truth) if holds is not None and holds != (j in step.left)]
+    what = [f"{cue} {'holds' if truth[j] else 'does not hold'} for candidate {j}" for j in wrong]
+    return [Fault("wrong_outcome", f"steps[{k}].left: {clause}") for clause in what]
 
-def decision_faults(thought, row, seen, lowest_iou):
+def decision_faults(thought):
     "Faults wrong_decision: the last step leaves another one or several, or the answer is not its box."
     last = thought.steps[-1]
     if last.left != [thought.decision]:
@@ -331,20 +323,25 @@ def leak_faults(
     return [Fault("leak", f"{kind}: says {m[0]!r}") for kind, m in found if m][:1]
 
 # %% ../nbs/05b_filters.ipynb #9abce44e
-CHECKS = (misread_faults, candidate_faults, missing_faults, anchor_faults, outcome_faults, decision_faults)
+CHECKS = (candidate_faults, missing_faults, anchor_faults, outcome_faults)  # of one step
 
 def thought_faults(
     thought: Thought,
     row: dict,               # expression, box, width, height; category and objects if known
     lowest_iou: float = 0.5,  # of a candidate with its object
 ) -> list:
-    "Faults in the fields of a Thought; [] if all of it is so."
-    if row.get("objects") is None:
-        claims = [Fault("wrong_candidate", "steps: the row does not know the objects of its image")]
-        return misread_faults(thought, row, [], lowest_iou) + claims * bool(thought.steps)
-    seen = [[annotated(it, row["objects"], lowest_iou) for it in step.candidates] for step in thought.steps]
-    checks = CHECKS if thought.steps else (misread_faults, missing_faults)
-    return [fault for check in checks for fault in check(thought, row, seen, lowest_iou)]
+    "Faults in the fields of a Thought, in the order in which it is told; [] if all of it is so."
+    faults, objects = misread_faults(thought, row), row.get("objects")
+    if objects is None and thought.steps:
+        return [*faults, Fault("wrong_candidate", "steps: the row does not know the objects of its image")]
+    if objects is None: return faults
+    if not thought.steps: return [*faults, Fault("missing_candidate", "steps: none, but objects are known")]
+    seen = [annotated(step, objects, lowest_iou) for step in thought.steps]
+    for k, step in enumerate(thought.steps):
+        said = {f"steps[{k}].find": named(step.find), f"steps[{k}].cue": step.cue.words if step.cue else ""}
+        faults += unsaid(row, **said)
+        faults += [fault for check in CHECKS for fault in check(thought, k, row, seen)]
+    return faults + decision_faults(thought)
 
 def find_faults(
     text: str,    # one completion
@@ -353,8 +350,7 @@ def find_faults(
     lowest_iou: float = 0.5,
     thought: Thought | None = None,  # that the text tells; None: free text, of which only the rest is judged
 ) -> list:
-    "All Faults of a chain in the order of CODES; [] if it may be kept."
+    "All Faults of a chain, those of its text first; [] if it may be kept."
     told, written, faults = take_apart(text)
     if written: faults += box_faults(written, row, codec, lowest_iou, thought and thought.box)
-    faults += leak_faults(told) + (thought_faults(thought, row, lowest_iou) if thought else [])
-    return sorted(faults, key=lambda f: [*CODES].index(f.code))
+    return faults + leak_faults(told) + (thought_faults(thought, row, lowest_iou) if thought else [])

@@ -14,6 +14,7 @@ __all__ = ['SIDES', 'CORNERS', 'ENDS', 'NUMBERS', 'ORDINALS', 'RELATIONS', 'NOUN
 # %% ../nbs/03c_grammar.ipynb #a4a2d9fc
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 
 from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, cell_name
@@ -318,6 +319,7 @@ def read_text(text):
     read_tail(words, read_noun(words, start, said), said)
     return finish(text, said), said.marks
 
+@lru_cache(4096)
 def parse_expression(
     text: str,
 ) -> Phrase:
