@@ -366,8 +366,9 @@ def read_completion(
     except (AttributeError, IndexError, KeyError, TypeError): raise ValueError(STRANGE) from None
     if error or reason in (None, "abort", "error"):
         raise ValueError(f"the server broke off its reply: {said_in(error or f'finish_reason {reason!r}')}")
-    if not isinstance(message, dict) or not isinstance(reason, str): raise ValueError(STRANGE)
-    text, reason, thoughts = text_of(message), reason[:40], [message.get(n) for n in ("reasoning_content", "reasoning", "content")]
+    if not isinstance(message, dict) or not isinstance(reason, str) or len(reason) > 40:
+        raise ValueError(STRANGE)
+    text, thoughts = text_of(message), [message.get(n) for n in ("reasoning_content", "reasoning", "content")]
     return text, f"{reason}: it wrote only reasoning" if any(thoughts) and not text else reason, usage
 
 def count_tokens(usage) -> int:
@@ -397,8 +398,9 @@ def json_objects(text: str):
     end, wasted, decoder = 0, 0, json.JSONDecoder(strict=False)
     while (start := OBJECT.search(text, end)) and wasted <= 20 * len(text):  # 1,000 failures at most
         try: found, end = decoder.raw_decode(text, start.start())
-        except json.JSONDecodeError as e: wasted, end = wasted + e.pos - start.start() + len(text) // 50, start.end()
-        except (ValueError, RecursionError): wasted, end = wasted + len(text), start.end()
+        except (ValueError, RecursionError) as e:
+            wasted += getattr(e, "pos", len(text)) - start.start() + len(text) // 50
+            end = start.end()
         else: yield found
 
 def read_reply(
@@ -482,7 +484,7 @@ def explain(
     quote = hide(storable(" ".join(quote.split())), client.key)[:200]
     if status in (401, 403):
         variable = f"the environment variable {server.key_env}, which is {'set' if client.key else 'not set'}"
-        raise ValueError(f"{server.url} refuses the key (HTTP {status}): use a good one in {variable}") from None
+        raise ValueError(f"{server.url} refuses the key (HTTP {status}): put one into {variable}") from None
     if status == 404:
         raise ValueError(f"{server.url} has no model {server.model!r}, or is not the address of an API "
                          f"(it should end in /v1): {quote}") from None
@@ -618,7 +620,7 @@ def chat_drafts(
     budget: int | None = None,  # tokens of new replies, after which no more is asked
     limit: int | None = None,   # new requests, after which no more is asked
 ) -> list:
-    """One Draft a row, in order; `trouble` says why a row has none. Run it again to go on; none is asked twice.
+    """One Draft a row, in order; `trouble` says why there is none. Run it again to go on; no row is asked twice.
     Raises ValueError if nobody is at the server's address, or the server refuses every row."""
     client, store, meter = Client(server), ReplyCache(cache), Meter(budget, limit, server.max_failures)
     plain = rows.select_columns([c for c in FIELDS if c in rows.column_names])
