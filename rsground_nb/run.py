@@ -8,7 +8,7 @@ __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 
            'cot_options', 'refer_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder',
            'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell',
            'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of',
-           'cot_command', 'main', 'command']
+           'command_line', 'cot_command', 'main', 'command']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -223,9 +223,10 @@ def cot_options(cot):
     cot.add_argument("--teacher", choices=("rule", "chat"), default="rule", help="rule (default): needs no model; chat: an OpenAI-compatible server")
     cot.add_argument("--url", help="of the server, for instance http://localhost:8000/v1")
     cot.add_argument("--model", help="its name on the server")
-    cot.add_argument("--key-env", default="OPENAI_API_KEY", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
+    cot.add_argument("--key-env", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
     cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
     cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
+    cot.add_argument("--free-text", action="store_true", help="let the server write sentences instead of fields; they are judged by form, box and leaks alone")
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
 # %% ../nbs/90_run.ipynb #7fe65936
@@ -478,26 +479,38 @@ def server_of(args):
     from dataclasses import fields
     from rsground_nb.chat import Server
     if args.teacher == "rule":
-        if args.url or args.model or args.settings or args.budget is not None: raise ValueError("--url, --model, --settings and --budget are for --teacher chat")
+        given = args.url, args.model, args.key_env, args.settings, args.budget, args.free_text or None
+        if set(given) != {None}: raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are for --teacher chat")
         return None
     if not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
-    try: return Server(args.url, args.model, **{"key_env": args.key_env, "workers": args.workers, "seed": args.seed, **json.loads(args.settings or "{}")})
-    except (TypeError, json.JSONDecodeError) as e:
+    named = {} if args.key_env is None else {"key_env": args.key_env}
+    try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
+    except (TypeError, json.JSONDecodeError, RecursionError) as e:
         known = ", ".join(f.name for f in fields(Server))
-        raise ValueError(f"--settings {args.settings}: a JSON object with fields of {known} is needed ({e})") from None
+        raise ValueError(f"--settings {{…}}: a JSON object with fields of {known} is needed ({e})") from None
+    if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
+    return server
+
+def command_line(args):
+    "The words that were typed, without secrets in --settings."
+    from rsground_nb.chat import without_secrets
+    words = ["rsground", *sys.argv[1:]]
+    return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings)))) if args.settings else w for w in words)
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
+    from rsground_nb.chat import Client
     from rsground_nb.data import load_data
     from rsground_nb.synthesis import count_verdicts, make_chains
     try:
         check_numbers(args)
         if not 0 <= args.lowest_iou <= 1: raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
         server, codec = server_of(args), student_of(args)
+        if server and not (Path(args.out) / "replies.sqlite").exists(): Client(server).probe()
         splits, _ = load_data(args.data, get_scale(args.scale), args.seed)
         if args.split not in splits: raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
         rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]), len(splits[args.split]))))
-        notes = dict(data=args.data, split=args.split, command=" ".join(["rsground", *sys.argv[1:]]), commit=commit(), versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        notes = dict(data=args.data, split=args.split, command=command_line(args), commit=commit(), versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
         table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget, args.samples, notes)
     except (ValueError, OSError) as e:
         complain(e)
