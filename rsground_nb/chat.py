@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from .boxes import GRID, Codec, between, iou, smart_resize
 from .cot import THOUGHT_SCHEMA, Draft, Thought, answer_of, from_json, render
+from .data import Picture
 from .files import READ_ERRORS, image_bytes
 from .model import ASSETS, plain_text
 
@@ -104,7 +105,7 @@ def data_url(
     question: Question,
 ) -> str:
     "The picture as text: JPEG of quality 95 in base64. Raises OSError or ValueError for a broken image."
-    packed, picture = io.BytesIO(), Image().decode_example(question.image).convert("RGB")
+    packed, picture = io.BytesIO(), Picture().decode_example(question.image)
     picture.resize(question.size, PILImage.Resampling.BICUBIC).save(packed, "JPEG", quality=95, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
@@ -571,7 +572,7 @@ def answer(question: Question, client: Client, store: ReplyCache) -> Reply | str
     The first reply settles which kind is asked for from then on."""
     server, kinds = client.server, client.kinds.copy()
     try: picture = data_url(question)
-    except (*READ_ERRORS, PILImage.DecompressionBombError) as e: return f"its image cannot be read: {e}"
+    except READ_ERRORS as e: return f"its image cannot be read: {e}"
     for kind in kinds:
         request = make_request(server, question.prompt, picture, kind)
         try: reply = ask(client, request, question.size[0] * question.size[1])
