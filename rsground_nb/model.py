@@ -41,7 +41,11 @@ white red blue yellow black grey green orange purple turquoise bright dark dead 
 top bottom left right centre corner edge side middle above below leftmost rightmost topmost bottommost largest smallest nearest closest furthest second third fourth first last row group
 no one two three four five six more other only large small size order
 Locate List What Where Repeat is are Think then give box <think> </think> <answer> </answer> user assistant system You helpful
-As At Cue First From I Its Next One Only There This target sentence says look looks lies like fits find see take check compare against start near has how have what where for as cue said""".split()
+As At Cue First From I Its Next One Only There This target sentence says look looks lies like fits find see take check compare against start near has how have what where for as cue said
+half third quarter both all only nearest farthest furthest between beside near towards edge order rank size place side answer
+Target Cue Cues So Left Right Above Below Nearest Leftmost Rightmost Topmost Bottommost Largest Smallest Second Third Fourth In On Of It Among By Both Half
+White Red Blue Yellow Black Grey Green Orange Purple Turquoise Bright Dark Ship Vehicle Tank Plane Bridge Building Helipad Roundabout Storage Tennis Ships Vehicles Tanks Planes Bridges Buildings Helipads Roundabouts
+airport runway harbour pond river house houses court pool""".split()
 SPECIAL = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -50,7 +54,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     "Qwen's tokenizer class with a vocabulary of its own: every digit one token, the words of LEXICON whole, others in pieces."
     rng = np.random.default_rng(0)
     sentences = [text for _ in range(300) for text, _, _ in expressions(make_scene(rng))]
-    words = [form for word in LEXICON for form in (word, " " + word)] + [" (1, 2)", " [1, 2]"]
+    words = [form for word in LEXICON for form in (word, " " + word)] + [" (1, 2)", " [1, 2]", ": 12 34, 56 78; 90 12. "]
     blank = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer = blank.train_new_from_iterator([*sentences, *words * 3], vocab_size=1100, show_progress=False)
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL})
@@ -140,13 +144,13 @@ def to_prompt(
 
 # %% ../nbs/04_model.ipynb #938c6c99
 def tiny_config(tokenizer) -> Qwen3VLConfig:
-    "Configuration of the tiny model: 4 text layers and 3 vision layers of width 128."
+    "Configuration of the tiny model: 4 text layers and 4 vision layers of width 128."
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in
            (("vision_start", "vision_start"), ("vision_end", "vision_end"), ("image", "image_pad"), ("video", "video_pad"))}
     text = dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
                 max_position_embeddings=1024, initializer_range=0.06, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True})
-    vision = dict(depth=3, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=16, spatial_merge_size=1, temporal_patch_size=1, out_hidden_size=128,
+    vision = dict(depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=16, spatial_merge_size=1, temporal_patch_size=1, out_hidden_size=128,
                   num_position_embeddings=49, deepstack_visual_indexes=[], initializer_range=0.06)
     return Qwen3VLConfig(text_config=text, vision_config=vision, initializer_range=0.06, tie_word_embeddings=True, **ids)
 
