@@ -43,7 +43,8 @@ FEATURES = Features(
     image=Picture(), expression=Value("string"), box=List(Value("float64"), length=4), width=Value("int32"), height=Value("int32"),
     category=Value("string"), polygon=List(Value("float64")), mask=Value("string"), source=Value("string"),
     image_id=Value("string"), expression_id=Value("string"), split=Value("string"),
-    objects=List({"category": Value("string"), "colour": Value("string"), "box": List(Value("float64"), length=4)}))
+    objects=List({"category": Value("string"), "colour": Value("string"), "box": List(Value("float64"), length=4)}),
+    hops=Value("int32"))
 
 def to_dataset(
     records: list,  # dicts with the keys of FEATURES; a missing key counts as None

@@ -15,7 +15,7 @@ __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'SAFE_NAME', 'FRAMES', 'FRAMED',
            'read_dior_rsvg', 'read_rsvg_hr', 'percent_box', 'share_row', 'refer_turns', 'read_vrsbench',
            'read_vrsbench_objects', 'read_refgeo', 'known_mask', 'image_mask', 'boxes_in', 'no_box', 'one_box',
            'unknown_shape', 'said_text', 'turn_pairs', 'questions', 'image_name', 'read_objects', 'swift_objects',
-           'json_items', 'json_questions', 'read_jsonl', 'coco_runs', 'polygon_points', 'polygon_mask',
+           'json_items', 'json_questions', 'read_hops', 'read_jsonl', 'coco_runs', 'polygon_points', 'polygon_mask',
            'annotated_mask', 'open_instances', 'coco_row', 'usable_rows', 'read_coco', 'read_refer', 'read_phrases',
            'find_stem', 'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'image_beside', 'image_fields',
            'yolo_shape', 'count_alike', 'read_yolo', 'read_dota', 'Layout', 'by_split', 'files_of', 'formats_of',
@@ -260,6 +260,7 @@ def parse_json(text: str):
 
 def plain_yaml(text: str):
     "What a YAML text holds. Raises Defect for aliases, with which a few lines become millions, and for deep nesting; YAMLError."
+    if re.search(r"(?:[\[{]\s*){50}", text): raise Defect("unreadable", "YAML nested too deeply")  # slow to parse
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -814,6 +815,11 @@ def json_questions(path: Path):
                 place = ", ".join([where] * bool(where) + [f"question {k}"] * (len(pairs) > 1))
                 yield line, place, (r, *pair, frame, f"{line or n}" + f":{k}" * (k > 0))
 
+def read_hops(found) -> int | None:
+    "How many steps it takes to find the object, a whole number from 1; None stays None. Raises Defect."
+    if found is not None and (type(found) is not int or found < 1): raise Defect("wrong fields", f"hops is not a whole number from 1: {quote(found)}")
+    return found
+
 def read_jsonl(path: Path, images: ImageFolder) -> tuple:
     """JSON lines or a JSON list: rows of this package (image, expression, box, ...) and of fine-tuning (conversations,
     messages, problem and solution, ...); boxes in original pixels. A row may name its split."""
@@ -832,7 +838,7 @@ def read_jsonl(path: Path, images: ImageFolder) -> tuple:
                     box=in_pixels(one_box(answer), frame or images.frame, width, height), width=width, height=height,
                     category=r.get("category"), polygon=polygon and in_pixels(polygon, images.frame, width, height),
                     mask=mask or None, source=r.get("source") or "jsonl",
-                    objects=read_objects(r.get("objects")) if "expression" in r else None,
+                    objects=read_objects(r.get("objects")) if "expression" in r else None, hops=read_hops(r.get("hops")),
                     **({"split": r["split"]} if r.get("split") else {}))
     return collect(json_questions(path), path.name, row)
 

@@ -5,18 +5,14 @@
 # %% auto #0
 __all__ = ['SHAPES', 'DETAILS', 'RIVER', 'COLOURS', 'GROUNDS', 'TONES', 'RICH', 'OTHER_COLOURS', 'OTHER_GROUNDS', 'ALL_RULES',
            'STYLES', 'CORNERS', 'PADDED', 'FRAMES', 'ROUND', 'FINE', 'SURE', 'ENOUGH', 'HEIGHT', 'LAWN', 'CROWN',
-           'GLASS', 'WATER', 'CLOUD', 'DETAIL_POINTS', 'MARGIN', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'ORDINALS',
-           'STARTS', 'RULES', 'NOUN', 'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing', 'place', 'Style',
-           'Scene', 'get_style', 'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks', 'sure',
+           'GLASS', 'WATER', 'CLOUD', 'DETAIL_POINTS', 'SENTENCE', 'circle', 'rectangle', 'turn', 'crossing', 'Thing',
+           'place', 'Style', 'Scene', 'get_style', 'clear_boxes', 'propose', 'fill_scene', 'fine', 'label_map', 'masks',
            'set_visible', 'blob', 'put_covers', 'how_many', 'make_scene', 'draw_ground', 'shade', 'paints',
-           'draw_details', 'draw_cover', 'draw_scene', 'through_sensor', 'same_kind', 'beats', 'describe', 'by_name',
-           'by_end', 'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'beside', 'anchors',
-           'by_relation', 'by_ordinal', 'by_combined', 'get_rules', 'expressions', 'options', 'is_at', 'meant',
-           'in_order', 'check_expression', 'as_png', 'choose', 'scene_records']
+           'draw_details', 'draw_cover', 'draw_scene', 'through_sensor', 'get_rules', 'expressions', 'as_png',
+           'scene_records', 'scene_record']
 
 # %% ../nbs/02_scenes.ipynb #1920d200
 import io
-import re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
@@ -24,6 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from .boxes import encode_mask
+from .sentences import (EDGE, ENDS, FACTOR, MARGIN, RELATIONS, RULES, SIZES, cell_name, check_expression, choose, count_hops,
+                                   describe, pattern, place_words, sentences, third)
 
 # %% ../nbs/02_scenes.ipynb #94e3f060
 def circle(n=24, radius=0.5): return [(radius * np.cos(a), radius * np.sin(a)) for a in np.linspace(0, 2 * np.pi, n, endpoint=False)]
@@ -96,6 +94,15 @@ class Thing:
     def area(self): (x, y), (u, v) = self.outline.T, np.roll(self.outline, 1, 0).T; return float(abs((x * v - u * y).sum()) / 2)
 
     @cached_property
+    def sizes(self): return (self.area,)
+
+    @cached_property
+    def spots(self): return [(v,) for v in self.centre]
+
+    @property
+    def sure(self): return self.visible >= SURE and self.pixels >= ENOUGH
+
+    @cached_property
     def polygon(self):
         "Oriented box as 8 numbers: rear left corner first, then clockwise on the screen (seen with the nose to the right)."
         own = self.outline @ turn(self.angle).T
@@ -142,7 +149,7 @@ class Style:
     rules: tuple = ("name", "end", "cell", "size", "relation")  # which sentences are written
 
 # %% ../nbs/02_scenes.ipynb #ee1e88bd
-ALL_RULES = (*Style.rules, "ordinal", "combined")
+ALL_RULES = tuple(RULES)
 STYLES = {
     "simple": Style(),
     "aerial": Style(categories=RICH, sizes=(0.02, 0.45), skew=1.7, objects=(2, 25), kinds=(1, 4), crowded=0.35, gap=0.01, covered=0.12, details=True, shadow=0.13, sun=(0.3, 2.8),
@@ -161,6 +168,11 @@ class Scene:
     covers: tuple = ()       # (kind, outline) of what hides parts of objects: "tree" or "cloud"
     sun: float = 0.785       # direction in which shadows fall, radians clockwise from +x
     grey: bool = False       # panchromatic
+
+    margin, edge, factor, categories = MARGIN, EDGE, FACTOR, tuple(SHAPES)  # what the sentence rules ask for, chapter 01b
+
+    @property
+    def size(self): return self.side, self.side
 
 def get_style(name):
     "The style of that name; a Style is its own. Raises ValueError with the known names for any other."
@@ -241,8 +253,6 @@ def masks(scene: Scene) -> np.ndarray:
 
 # %% ../nbs/02_scenes.ipynb #673b91ee
 SURE, ENOUGH = 0.6, 9  # visible share and visible pixels from which an object is certainly seen
-
-def sure(thing): return thing.visible >= SURE and thing.pixels >= ENOUGH
 
 def set_visible(scene):
     "Set each object's `pixels`, those seen, and `visible`, their share of all that its outline covers; 0 for one that covers no pixel."
@@ -371,133 +381,6 @@ def through_sensor(image, grey, noise, rng):
     added = noise * rng.standard_normal((n, n), dtype=np.float32) + 0.4 * noise * rng.standard_normal(n, dtype=np.float32)
     return Image.fromarray(np.clip(np.asarray(image) + added.astype(np.int16)[..., None], 0, 255).astype(np.uint8))
 
-# %% ../nbs/02_scenes.ipynb #f3728bb7
-MARGIN = 0.08  # share of the side that a position must win by
-FACTOR = 1.4   # that an area must win by
-ENDS = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-SIZES = ("largest", "smallest")
-
-def same_kind(scene, category): return [t for t in scene.things if t.category == category]
-
-def beats(scene, thing, word, rivals):
-    "True if the object wins by the margin: `word` is one of ENDS or SIZES."
-    if word == "largest": return all(thing.area * thing.visible > FACTOR * t.area for t in rivals)
-    if word == "smallest": return all(FACTOR * thing.area < t.area * t.visible for t in rivals)
-    axis, sign = ENDS[word]
-    return all(sign * (thing.centre[axis] - t.centre[axis]) > MARGIN * scene.side for t in rivals)
-
-# %% ../nbs/02_scenes.ipynb #8469be5a
-def describe(
-    scene: Scene,
-    thing: Thing,      # one of the scene's
-    pick: str = "",    # one of ENDS or SIZES
-    colour: str = "",  # the thing's own
-    where=None,        # (words, test), test(thing) -> True, False, or None where it is too close
-):
-    "[the sentence with these parts] if it is proven to mean this object only, else []."
-    words, test = where or ("", lambda t: True)
-    if not sure(thing) or not test(thing): return []
-    rivals = [t for t in same_kind(scene, thing.category) if t is not thing and colour in ("", t.colour) and test(t) is not False]
-    if pick and not (any(sure(t) and test(t) for t in rivals) and beats(scene, thing, pick, rivals)): return []
-    if rivals and not pick: return []
-    return [" ".join(part for part in ("the", pick, colour, thing.category, words) if part)]
-
-def by_name(scene, thing):
-    "'the red ship', if there is one red ship."
-    yield from describe(scene, thing, colour=thing.colour)
-
-def by_end(scene, thing):
-    "'the leftmost ship', if it leads the other ships by the margin."
-    for word in ENDS: yield from describe(scene, thing, word)
-
-def by_size(scene, thing):
-    "'the largest ship' or 'the smallest ship', by the factor in area."
-    for word in SIZES: yield from describe(scene, thing, word)
-
-# %% ../nbs/02_scenes.ipynb #bb74819b
-def third(value, side, margin=0.0):
-    "-1, 0 or 1 for the first, middle, last third of the side; None within `margin` pixels of a border between thirds."
-    if any(abs(value - k * side / 3) < margin for k in (1, 2)): return None
-    return -1 if value < side / 3 else 1 if value > 2 * side / 3 else 0
-
-def cell_name(column, row):
-    "Words for one of the nine cells: 'top left', 'top', 'centre', ..."
-    words = [("top", "", "bottom")[row + 1], ("left", "", "right")[column + 1]]
-    return " ".join(w for w in words if w) or "centre"
-
-def place_words(column, row):
-    "'in the top left', 'at the top', 'on the left', 'in the centre', ..."
-    return f"{'at' if column == 0 != row else 'on' if row == 0 != column else 'in'} the {cell_name(column, row)}"
-
-def in_cell(scene, thing):
-    "(words, test) for the cell that the object's centre is in; None near a border."
-    def cell(t): return tuple(third(c, scene.side, 0.03 * scene.side) for c in t.centre)
-    mine = cell(thing)
-    if None in mine: return None
-    asked = [axis for axis in (0, 1) if mine[axis] or mine == (0, 0)]  # "on the left" asks for a column only
-    def test(t):
-        theirs = [cell(t)[axis] for axis in asked]
-        if theirs == [mine[axis] for axis in asked]: return True
-        return None if all(r in (None, mine[axis]) for r, axis in zip(theirs, asked)) else False
-    return place_words(*mine), test
-
-def by_cell(scene, thing):
-    "'the ship in the top left', if no other ship has its centre there or within 3 % of there; for a side, nowhere in that third."
-    where = in_cell(scene, thing)
-    if where: yield from describe(scene, thing, where=where)
-
-# %% ../nbs/02_scenes.ipynb #d1a481a4
-def beside(scene, words, anchor, name):
-    "(words, test) for 'left of the red tank' and the like: by the margin, and by at least half as much as it is off to the other side."
-    axis, sign = RELATIONS[words]
-    def test(t):
-        lead, off = sign * (t.centre[axis] - anchor.centre[axis]), abs(t.centre[1 - axis] - anchor.centre[1 - axis])
-        return True if lead > max(MARGIN * scene.side, off / 2) else False if lead < -MARGIN * scene.side else None
-    return f"{words} {name}", test
-
-def anchors(scene, category, by=(by_name,)):
-    "(object, name) for the objects of other categories that one of the rules can name; the first name that fits."
-    for t in scene.things:
-        if t.category != category:
-            name = next((n for rule in by for n in rule(scene, t)), None)
-            if name: yield t, name
-
-def by_relation(scene, thing):
-    "'the ship left of the red tank', if no other ship lies left of it and the anchor is the only red tank."
-    for anchor, name in anchors(scene, thing.category):
-        for words in RELATIONS: yield from describe(scene, thing, where=beside(scene, words, anchor, name))
-
-# %% ../nbs/02_scenes.ipynb #562a5e03
-ORDINALS = ("second", "third", "fourth")
-STARTS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}
-
-def by_ordinal(scene, thing):
-    "'the second ship from the left' or 'the second red ship from the left'; the object is never the last of its row."
-    kind = same_kind(scene, thing.category)
-    for colour, group in (("", kind), (thing.colour, [t for t in kind if t.colour == thing.colour])):
-        if not all(map(sure, group)) or (colour and len(group) == len(kind)): continue
-        for start, (axis, sign) in STARTS.items():
-            order = sorted(sign * t.centre[axis] for t in group)
-            rank = order.index(sign * thing.centre[axis])
-            if 1 <= rank <= min(len(ORDINALS), len(group) - 2) and min(np.diff(order[:rank + 2])) > MARGIN * scene.side:
-                yield " ".join(part for part in ("the", ORDINALS[rank - 1], colour, thing.category, "from the", start) if part)
-
-# %% ../nbs/02_scenes.ipynb #46e6ac9e
-def by_combined(scene, thing):
-    "Pick and colour, size and where, or colour and where, neither of which is enough; anchors may be named by size."
-    picks = [dict(pick=word) for word in (*SIZES, *ENDS)]
-    cell, named = in_cell(scene, thing), anchors(scene, thing.category, (by_name, by_size))
-    wheres = [cell, *(beside(scene, words, *anchor) for anchor in named for words in RELATIONS)]
-    wheres = [dict(where=w) for w in wheres if w and w[1](thing)]
-    colours = [dict(colour=thing.colour)]
-    picks, colours, wheres = ([part for part in parts if not describe(scene, thing, **part)] for parts in (picks, colours, wheres))
-    for first, second in ((picks, colours), ([p for p in picks if p["pick"] in SIZES], wheres), (colours, wheres)):
-        for a in first:
-            for b in second: yield from describe(scene, thing, **a, **b)
-
-RULES = {"name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation, "ordinal": by_ordinal, "combined": by_combined}
-
 # %% ../nbs/02_scenes.ipynb #849f930b
 def get_rules(style, rules):
     "The names asked for, or those of the style. Raises ValueError for an unknown name."
@@ -508,55 +391,12 @@ def get_rules(style, rules):
 
 def expressions(
     scene: Scene,
-    rules=None,  # any of name, end, cell, size, relation, ordinal, combined; None: those of the scene's style
+    rules=None,  # names of RULES; None: those of the scene's style
 ) -> list:
     "All provable (expression, object, rule) of a scene."
-    return [(text, thing, rule) for rule in get_rules(scene.style, rules) for thing in scene.things for text in RULES[rule](scene, thing)]
+    return sentences(scene, get_rules(scene.style, rules))
 
-# %% ../nbs/02_scenes.ipynb #1e66cdb2
-def options(words): return "|".join(sorted(words, key=len, reverse=True))
-
-NOUN = rf"(?:(?P<colour>{options({**COLOURS, **OTHER_COLOURS, **TONES})}) )?(?P<category>{options(SHAPES)})"
-SENTENCE = re.compile(rf"the (?:(?P<pick>{options([*ENDS, *SIZES])}) |(?P<ordinal>{options(ORDINALS)}) )?{NOUN}(?(ordinal) from the (?P<start>{options(STARTS)}))"
-                      rf"(?: (?:in|at|on) the (?P<place>centre|left|right|(?:top|bottom)(?: left| right)?)| (?P<relation>{options(RELATIONS)}) (?P<anchor>the .+))?")
-
-def is_at(thing, words, side):
-    "True if the centre lies in that third of the picture ('top left', 'right', ...)."
-    column, row = (min(int(3 * c / side), 2) for c in thing.centre)
-    here = {"left": column == 0, "right": column == 2, "top": row == 0, "bottom": row == 2, "centre": (column, row) == (1, 1)}
-    return all(here[word] for word in words.split())
-
-def meant(text, things, side):
-    "The objects among `things` that fit the words best; none if an anchor is missing or not the only one."
-    found = SENTENCE.fullmatch(text)
-    if not found: raise ValueError(f"cannot read {text!r}: expected \"the [pick] [colour] category [where]\" with words of this chapter")
-    said = found.groupdict()
-    fits = [t for t in things if t.category == said["category"] and said["colour"] in (None, t.colour) and is_at(t, said["place"] or "", side)]
-    if said["relation"]:
-        anchor = meant(said["anchor"], things, side)
-        if len(anchor) != 1: return []
-        x, y = anchor[0].centre
-        fits = [t for t in fits if {"left of": t.centre[0] < x, "right of": t.centre[0] > x, "above": t.centre[1] < y, "below": t.centre[1] > y}[said["relation"]]]
-    return in_order(fits, said)
-
-def in_order(fits, said):
-    "The objects that a pick or an ordinal selects; several only if they are exactly equal."
-    if not (said["pick"] or said["ordinal"]): return fits
-    start = said["start"] or {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}.get(said["pick"])
-    value = {"left": lambda t: t.centre[0], "right": lambda t: -t.centre[0], "top": lambda t: t.centre[1], "bottom": lambda t: -t.centre[1],
-             None: lambda t: t.area if said["pick"] == "smallest" else -t.area}[start]
-    rank = ("second", "third", "fourth").index(said["ordinal"]) + 1 if said["ordinal"] else 0
-    values = sorted(map(value, fits))
-    return [t for t in fits if value(t) == values[rank]] if rank < len(values) else []
-
-def check_expression(
-    text: str,     # in the words of this chapter
-    scene: Scene,  # with its annotation; the picture is not looked at
-) -> list:
-    "The objects that the words can mean, whether doubtful ones count or not. Raises ValueError for words that it cannot read."
-    if not isinstance(text, str) or len(text) > 500: raise ValueError("cannot read this: a sentence of at most 500 letters is expected")
-    readings = [meant(text, things, scene.side) for things in (scene.things, [t for t in scene.things if sure(t)])]
-    return [t for t in scene.things if any(t is m for reading in readings for m in reading)]
+SENTENCE = pattern(tuple(SHAPES))
 
 # %% ../nbs/02_scenes.ipynb #37af14ed
 def as_png(image):
@@ -565,34 +405,34 @@ def as_png(image):
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
-def choose(scene, rng, rules):
-    "One (expression, object, rule): the first rule, in random order, that says something, of the first object that it says it of; None if there is none."
-    for rule in rng.permutation(rules).tolist():
-        for k in rng.permutation(len(scene.things)):
-            found = list(RULES[rule](scene, scene.things[k]))
-            if found: return found[rng.integers(len(found))], scene.things[k], rule
-
 def scene_records(
     count: int,           # rows wanted; one scene each
     seed: int,            # the same seed and split give the same rows
     side: int = 112,      # pixels
     split: str = "train",
-    rules=None,           # names of RULES; None: those of the style
+    rules=None,           # names of RULES; None: those of the style, or all where `hops` are asked for
     style: str = "simple",
+    hops=None,            # numbers of steps, in turn: (1, 2, 3) gives a third of each; None: as they come
 ):
-    "Yield `count` records (chapter 03) of fresh scenes, one expression each. Raises ValueError if a thousand scenes in a row give no expression."
+    "Yield `count` records (chapter 03), one fresh scene each. Raises ValueError if 1,000 scenes in a row give no expression."
     if count != int(count) or count < 0: raise ValueError(f"cannot make {count} rows")
-    rng, rules, silent, made = np.random.default_rng([seed, *split.encode()]), get_rules(style, rules), 0, 0
+    rng, rules = np.random.default_rng([seed, *split.encode()]), get_rules(style, ALL_RULES if hops and rules is None else rules)
+    silent, made = 0, 0
     while made < count:
         scene = make_scene(rng, side, style=style)
-        picked = choose(scene, rng, rules)
-        if picked is None:
-            silent += 1
-            if silent == 1000: raise ValueError(f"no expression in 1000 scenes of {side} px, style {style!r}: take larger scenes or other rules than {', '.join(rules)}")
-            continue
-        text, thing, rule = picked
-        name, seen, silent = f"{split}{made:06d}", label_map(scene) == next(k for k, t in enumerate(scene.things, 1) if t is thing), 0
-        yield dict(image={"bytes": as_png(draw_scene(scene, rng)), "path": None}, expression=text, box=list(thing.box), width=side, height=side, category=thing.category,
-                   polygon=thing.polygon, mask=encode_mask(seen), source=f"scenes:{rule}", image_id=name, expression_id=name, split=split,
-                   objects=[dict(category=t.category, colour=t.colour, box=list(t.box)) for t in scene.things if t.pixels])
-        made += 1
+        picked = choose(scene, rng, rules, hops and hops[made % len(hops)])
+        if picked: yield scene_record(scene, picked, rng, f"{split}{made:06d}", split)
+        made, silent = (made + 1, 0) if picked else (made, silent + 1)
+        if silent == 1000:
+            asked = f" and {hops[made % len(hops)]} hops" if hops else ""
+            raise ValueError(f"no expression in 1000 scenes of {side} px, style {style!r}{asked}: "
+                             f"take larger scenes or other rules than {', '.join(rules)}")
+
+def scene_record(scene, picked, rng, name, split):
+    "The record of a scene and what `choose` picked; `name` is its id."
+    text, thing, rule = picked
+    seen = label_map(scene) == next(k for k, t in enumerate(scene.things, 1) if t is thing)
+    return dict(
+        image={"bytes": as_png(draw_scene(scene, rng)), "path": None}, expression=text, box=list(thing.box), width=scene.side, height=scene.side,
+        category=thing.category, polygon=thing.polygon, mask=encode_mask(seen), source=f"scenes:{rule}", image_id=name, expression_id=name, split=split,
+        objects=[dict(category=t.category, colour=t.colour, box=list(t.box)) for t in scene.things if t.pixels], hops=count_hops(text, scene.categories))

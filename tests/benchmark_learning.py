@@ -32,8 +32,8 @@ from rsground_nb.pretrain import name_quiz
 from rsground_nb.rewards import format_score
 from rsground_nb.scale import get_scale, start
 from rsground_nb.scenes import scene_records
-from rsground_nb.sft import sft_stage
-from rsground_nb.train import grpo_stage, on_processes, train_grpo
+from rsground_nb.sft import on_processes, sft_stage
+from rsground_nb.train import grpo_stage, train_grpo
 
 TABLE = Path(__file__).parent / "benchmark_learning.csv"
 HELD_OUT = 1000  # seed of all questions here; training uses 0, 1, 2

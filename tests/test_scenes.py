@@ -18,7 +18,7 @@ from shapely import Polygon
 from rsground_nb import scenes as module
 from rsground_nb.boxes import decode_mask, iou, mask_box
 from rsground_nb.scenes import (COLOURS, RULES, SENTENCE, SHAPES, STYLES, SURE, TONES, Scene, Style, Thing, check_expression, clear_boxes, describe, draw_scene, expressions, label_map,
-                                make_scene, masks, place, scene_records, set_visible, sure)
+                                make_scene, masks, place, scene_records, set_visible)
 
 SOME = {style: [make_scene(np.random.default_rng([s, 7]), 128, style=style) for s in range(80)] for style in STYLES}
 EVERY = [(scene, text, thing, rule) for style in STYLES for scene in SOME[style] for text, thing, rule in expressions(scene, RULES)]
@@ -45,7 +45,7 @@ def test_no_sentence_is_written_for_two_objects_of_a_scene():
 def test_sentences_are_true_whichever_of_the_doubtful_objects_a_reader_counts():
     checked = 0
     for scene, text, thing, _ in EVERY:
-        doubtful = [t for t in scene.things if not sure(t)]
+        doubtful = [t for t in scene.things if not t.sure]
         for left_out in [c for n in range(1, len(doubtful) + 1) for c in combinations(doubtful, n)][:16]:
             counted = Scene(scene.side, scene.ground, [t for t in scene.things if t not in left_out])
             assert check_expression(text, counted) == [thing], text
@@ -101,7 +101,7 @@ def test_the_checker_rejects_another_colour_and_another_category():
         noun = next(w for w in (f"{thing.colour} {thing.category}", thing.category) if w in text)
         for colour in {*COLOURS, *TONES} - {thing.colour} if noun != thing.category else ():
             assert thing not in check_expression(text.replace(noun, f"{colour} {thing.category}", 1), scene), text
-        for category in set(SHAPES) - {thing.category}:
+        for category in set(SHAPES) - {thing.category} - ({"tank"} if thing.category == "storage tank" else set()):  # a storage tank is a tank
             assert thing not in check_expression(text.replace(thing.category, category, 1), scene), text
             tried += 1
     assert tried > 10_000
@@ -127,7 +127,7 @@ def test_unknown_wording_is_refused(text):
 
 def test_the_sentences_fill_the_slots_that_the_grammar_names():
     found = SENTENCE.fullmatch("the white ship left of the largest storage tank").groupdict()
-    assert {k: v for k, v in found.items() if v} == dict(colour="white", category="ship", relation="left of", anchor="the largest storage tank")
+    assert {k: v for k, v in found.items() if v and k != "tail"} == dict(colour="white", category="ship", relation="left of", anchor="the largest storage tank")
     assert {SENTENCE.fullmatch(text) is not None for _, text, _, _ in EVERY} == {True}
 
 
