@@ -374,7 +374,7 @@ def lines_or_items(path: str | Path) -> list:
     except RecursionError: return lines
     except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8") from None
     except json.JSONDecodeError as e:
-        if len(lines) == 1 or e.msg == "Extra data": return lines
+        if len(lines) == 1 or e.msg == "Extra data" or content.lstrip()[:1] == b"{": return lines
         raise ValueError(f"{path} is broken or cut off: {e.msg}, line {e.lineno}") from None
     if isinstance(whole, list) and whole and all(isinstance(item, dict) for item in whole): return [(f"item {k}", item) for k, item in enumerate(whole, 1)]
     if len(lines) == 1: return lines
