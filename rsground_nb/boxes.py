@@ -178,10 +178,13 @@ def in_order(values, names):
 
 def names_in(text, start, end):
     "The name of an edge before each of the first four numbers of a run, or None."
-    ends = [0, *(number.end() for number in LOOSE.finditer(text, start, end))]
-    before = [text[max(a, b - 40):b] for a, b in zip(ends, (number.start() for number in LOOSE.finditer(text, start, end)))]
-    names = [re.search(r"\W*(?:([A-Za-z]\w*)\W*)?$", gap)[1] or "" for gap in before[:4]]
-    return [name if any(name in edges for edges in EDGES) else None for name in (n.lower().replace("_", "") for n in names)]
+    names, last = [], 0
+    for number in [*LOOSE.finditer(text, start, end)][:4]:
+        before = text[max(last, number.start() - 40):number.start()]
+        word = re.search(r"\W*(?:([A-Za-z]\w*)\W*)?$", before)[1] or ""
+        name, last = word.lower().replace("_", ""), number.end()
+        names.append(name if any(name in edges for edges in EDGES) else None)
+    return names
 
 def is_cut(text, start, end):
     "Does a bracket or a tag before text[start:end] stay open?"
