@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRID', 'NOTATION', 'NUMBER', 'BOX', 'DECIMAL', 'NUMERAL', 'LIST', 'BRACES', 'POINTS', 'GROUP', 'PIECE', 'WIDE',
-           'LARGEST', 'EDGES', 'LOOSE', 'RUN', 'FOUR', 'LOCATION', 'NO_BOX', 'TRUE_COLOUR', 'PREDICTED_COLOUR',
-           'smart_resize', 'Codec', 'iou', 'enclosing', 'area', 'centre_distance', 'giou', 'diou', 'Parsed', 'in_order',
-           'names_in', 'is_cut', 'run_box', 'loose_boxes', 'refusal', 'checked', 'box_in', 'parse_box', 'turned_box',
-           'between', 'parse_completion', 'completion_box', 'draw_boxes', 'encode_mask', 'mask_text', 'run_lengths',
-           'read_mask', 'decode_mask', 'mask_box']
+           'LARGEST', 'EDGES', 'LOOSE', 'RUN', 'FOUR', 'LOCATION', 'NO_BOX', 'NO_TAG', 'TRUE_COLOUR',
+           'PREDICTED_COLOUR', 'smart_resize', 'Codec', 'iou', 'enclosing', 'area', 'centre_distance', 'giou', 'diou',
+           'Parsed', 'in_order', 'names_in', 'is_cut', 'run_box', 'loose_boxes', 'refusal', 'checked', 'box_in',
+           'parse_box', 'turned_box', 'between', 'parse_completion', 'completion_box', 'draw_boxes', 'encode_mask',
+           'mask_text', 'run_lengths', 'read_mask', 'decode_mask', 'mask_box']
 
 # %% ../nbs/01_boxes.ipynb #b3a3fb30
 import json
@@ -163,7 +163,7 @@ _POINT = rf"[)\]]{_MARKS}(?:(?:{_LINK}|to\b|and\b|[-–—](?![\d.])){_MARKS})*+
 LOOSE = re.compile(rf"(?<![\w.+-]){DECIMAL}(?:\s?px)?+(?![\w%]|\s%)")         # one number of a run
 RUN = re.compile(rf"{LOOSE.pattern}(?:(?:{_POINT}|{_MARKS}(?:{_LINK}{_MARKS})*+){LOOSE.pattern}){{3,}}")
 FOUR = re.compile(r"(?:\D*+\d++){4}")                                         # what every run holds
-LOCATION = re.compile(r"<(?:(?:loc|bin|coord)_)?(\d+)>")                      # one number of Florence-2, for instance
+LOCATION = re.compile(r"<(?:loc|bin|coord)_(\d+)>")                           # one number of Florence-2, for instance
 NO_BOX = "no [x1, y1, x2, y2] in the answer"
 
 def in_order(values, names):
@@ -178,10 +178,13 @@ def in_order(values, names):
 
 def names_in(text, start, end):
     "The name of an edge before each of the first four numbers of a run, or None."
-    ends = [0, *(number.end() for number in LOOSE.finditer(text, start, end))]
-    before = [text[max(a, b - 40):b] for a, b in zip(ends, (number.start() for number in LOOSE.finditer(text, start, end)))]
-    names = [re.search(r"\W*(?:([A-Za-z]\w*)\W*)?$", gap)[1] or "" for gap in before[:4]]
-    return [name if any(name in edges for edges in EDGES) else None for name in (n.lower().replace("_", "") for n in names)]
+    names, last = [], 0
+    for number in [*LOOSE.finditer(text, start, end)][:4]:
+        before = text[max(last, number.start() - 40):number.start()]
+        word = re.search(r"\W*(?:([A-Za-z]\w*)\W*)?$", before)[1] or ""
+        name, last = word.lower().replace("_", ""), number.end()
+        names.append(name if any(name in edges for edges in EDGES) else None)
+    return names
 
 def is_cut(text, start, end):
     "Does a bracket or a tag before text[start:end] stay open?"
@@ -209,7 +212,7 @@ def loose_boxes(
 ) -> tuple:
     "(boxes, reason): what the runs mean, and why there is no box if there is none."
     if not FOUR.match(text): return [], NO_BOX
-    if "><" in text: text = LOCATION.sub(r" \1 ", text)
+    if "><" in text and "_" in text: text = LOCATION.sub(r" \1 ", text)
     boxes, reason = [], NO_BOX
     for run in RUN.finditer(text):
         box, count = run_box(text, *run.span()), len(LOOSE.findall(run[0]))
@@ -280,6 +283,8 @@ def between(text, start, end):
     body, closed, _ = rest.partition(end)
     return body if found and closed else None
 
+NO_TAG = "no <answer>…</answer>: there is no <answer>"
+
 def parse_completion(
     text: str,  # one completion
 ) -> Parsed:
@@ -295,7 +300,7 @@ def parse_completion(
     elif "<think>" in rest: return Parsed(None, "no <answer>…</answer>: <think> is not closed", thinking)
     else:
         box, reason, angle = box_in(rest, tagged=False)
-        if box is None: reason = "no <answer>…</answer>: there is no <answer>" + f", and {reason}" * (reason != NO_BOX)
+        if box is None: reason = NO_TAG if reason is NO_BOX else f"{NO_TAG}, and {reason}"
     return Parsed(box, reason, thinking, angle)
 
 # %% ../nbs/01_boxes.ipynb #2712841a

@@ -94,9 +94,10 @@ def metrics(
 def areas(
     predicted, true,       # (N, 4) corners; NaN rows in `predicted`: no box
     plus: int = 0,         # added to the length of every side
-    signed: bool = False,  # a side with swapped corners is negative, as in scorers that do not check; otherwise 0
+    signed: bool = False,  # a side with swapped corners is negative, else 0
 ) -> tuple:
-    "(intersection, union), each (N,). A row of NaN has no area and shares none; nor has one with swapped corners unless `signed`."
+    """(intersection, union), each (N,). A row of NaN has no area and shares none;
+    nor has one with swapped corners, unless `signed`."""
     def area(low, high, least): return np.nan_to_num(np.maximum(high - low + plus, least)).prod(1)
     least = -np.inf if signed else 0
     shared = area(np.maximum(predicted[:, :2], true[:, :2]), np.minimum(predicted[:, 2:], true[:, 2:]), 0)
@@ -120,7 +121,8 @@ def lqvg_iou(predicted, true, sides):
     return np.where(np.isnan(predicted[:, 0]), np.float32(0), ious), shared, union
 
 def lpva_iou(predicted, true, sides):
-    "(IoU, intersection, union) of like413/OPT-RSVG: shares of the picture padded to a square, prediction clamped to 0-1, signed areas, 32 bits."
+    """(IoU, intersection, union) of like413/OPT-RSVG: shares of the picture padded to a square, prediction clamped
+    to 0-1, signed areas, 32 bits."""
     longest = sides.max(1, keepdims=True)
     padding = np.tile((longest - sides) / 2, 2)
     predicted, true = (((boxes + padding) / longest).astype(np.float32) for boxes in (predicted, true))
@@ -129,7 +131,8 @@ def lpva_iou(predicted, true, sides):
 
 # %% ../nbs/10_evaluate.ipynb #38968a3c
 def vrsbench_iou(predicted, true, sides):
-    "(IoU, intersection, union) of lx709/VRSBench: whole numbers 0-100 without their sign, every side one longer; no union without an answer."
+    """(IoU, intersection, union) of lx709/VRSBench: whole numbers 0-100 without their sign, every side one longer;
+    no union without an answer."""
     grid = [np.abs(np.rint(100 * boxes / np.tile(sides, 2))) for boxes in (predicted, true)]
     shared, union = areas(*grid, plus=1, signed=True)
     return fraction(shared, union), shared, np.where(np.isnan(predicted[:, 0]), 0, union)
@@ -350,11 +353,12 @@ def read_line(
     return found
 
 # %% ../nbs/10_evaluate.ipynb #e2c7350a
-NO_TEXT = {b"PK\x03\x04": "a zip file: unpack it", b"\x1f\x8b": "packed with gzip: unpack it", b"PAR1": "a Parquet file: write it as JSON lines",
+NO_TEXT = {b"PK\x03\x04": "a zip file: unpack it", b"\x1f\x8b": "packed with gzip: unpack it",
+           b"PAR1": "a Parquet file: write it as JSON lines",
            b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8"}
 
 def read_content(path: str | Path) -> bytes:
-    "The bytes of a prediction file without a byte order mark. Raises ValueError if it is no file or no text in UTF-8."
+    "The bytes of a prediction file without a byte order mark. Raises ValueError if it is no file, or no text."
     path = Path(path)
     if path.is_dir(): raise ValueError(f"{path} is a folder: name the prediction file in it")
     if not path.exists(): raise ValueError(f"there is no prediction file {path}")
@@ -366,19 +370,24 @@ def read_content(path: str | Path) -> bytes:
     return content.removeprefix(b"\xef\xbb\xbf")
 
 def lines_or_items(path: str | Path) -> list:
-    "[(place, bytes of a line or dict), ...] of a prediction file: JSON lines, or one JSON list. Raises ValueError as `read_content`, and for a broken list."
+    """[(place, bytes of a line or dict), ...] of a prediction file: JSON lines, or one JSON list.
+    Raises ValueError as `read_content`, and for a broken list."""
     content = read_content(path)
     lines = [(f"line {k}", line) for k, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    if len(lines) > 1 and lines[0][1].rstrip().endswith((b"}", b"]")) or content.lstrip()[:1] not in (b"[", b"{"): return lines
+    whole_line = len(lines) > 1 and lines[0][1].rstrip().endswith((b"}", b"]"))
+    if whole_line or content.lstrip()[:1] not in (b"[", b"{"): return lines
     try: whole = READ(content.decode("utf-8"))
     except RecursionError: return lines
     except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8") from None
     except json.JSONDecodeError as e:
-        if len(lines) == 1 or e.msg == "Extra data": return lines
+        if len(lines) == 1 or e.msg == "Extra data" or content.lstrip()[:1] == b"{": return lines
         raise ValueError(f"{path} is broken or cut off: {e.msg}, line {e.lineno}") from None
-    if isinstance(whole, list) and whole and all(isinstance(item, dict) for item in whole): return [(f"item {k}", item) for k, item in enumerate(whole, 1)]
+    is_list = isinstance(whole, list)
+    if is_list and whole and all(isinstance(item, dict) for item in whole):
+        return [(f"item {k}", item) for k, item in enumerate(whole, 1)]
     if len(lines) == 1: return lines
-    raise ValueError(f"{path} is one JSON {'list without objects' if isinstance(whole, list) else 'object'}: one object per prediction is needed, on lines or in a list")
+    raise ValueError(f"{path} is one JSON {'list without objects' if is_list else 'object'}: "
+                     "one object per prediction is needed, on lines or in a list")
 
 # %% ../nbs/10_evaluate.ipynb #c03b4c39
 def disagrees(found, image_id, box):
@@ -447,11 +456,13 @@ def frame_hint(predicted, true, sides) -> str | None:
     given = ~np.isnan(predicted).any(1)
     if not given.any(): return None
     predicted, true, sides = predicted[given], true[given], sides[given]
-    read = {f: float(standard_iou(to_pixels(predicted, sides, f), true, sides)[0].mean()) for f in ("pixel", *READ_AS)}
+    def score_as(f): return float(standard_iou(to_pixels(predicted, sides, f), true, sides)[0].mean())
+    read = {f: score_as(f) for f in ("pixel", *READ_AS)}
     best, plain = max(READ_AS, key=read.get), read["pixel"]
     if read[best] < max(2 * plain, plain + 0.05): best = guess_frame(predicted, *sides.T)  # no help from the truth
     if best is None or read[best] < plain - 0.05: return None
-    return f"the predictions look like {FRAMES[best]}, not like pixels: mean IoU {plain:.3f} as pixels, {read[best]:.3f} so; to read them so: --frame {best}, or frame={best!r}"
+    return (f"the predictions look like {FRAMES[best]}, not like pixels: mean IoU {plain:.3f} as pixels, "
+            f"{read[best]:.3f} so; to read them so: --frame {best}, or frame={best!r}")
 
 # %% ../nbs/10_evaluate.ipynb #cfe4613f
 def as_arrays(found, rows):
@@ -468,7 +479,8 @@ def evaluate_file(
     frame: str = "pixel",  # that the predictions are written in: see to_pixels
     **allow: bool,       # allow_missing, allow_duplicates, allow_unknown: see check_predictions
 ) -> tuple:
-    "(modes, strata): the tables of `compare_modes` (with a column `missing`) and `score_strata`. Raises ValueError listing what is wrong with the file; warns if another frame explains it better."
+    """(modes, strata): the tables of `compare_modes` (with a column `missing`) and `score_strata`.
+    Raises ValueError listing what is wrong with the file; warns if another frame explains it better."""
     found = load_predictions(path, rows, **allow)
     predicted, *truth = as_arrays(found, rows)
     arrays = to_pixels(predicted, truth[1], frame), *truth

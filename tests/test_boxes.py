@@ -217,6 +217,7 @@ def test_of_two_marked_boxes_the_first_counts_in_an_answer_and_none_elsewhere():
 def test_thousands_and_signs_are_read(text, box): assert parse_completion(text).box == parse_box(text).box == box
 
 
+@settings(deadline=None)
 @given(st.tuples(*[st.floats(-999, 999).map(lambda v: round(v, 2))] * 4), st.sampled_from(["{}, {}, {}, {}", "<b>{} {} {} {}</b>", "[[{}, {}], [{}, {}]]", '{{"x1": {}, "y1": {}, "x2": {}, "y2": {}}}', "({}, {}) to ({}, {})"]))
 def test_any_numbers_survive_any_notation(box, form):
     text = form.format(*box)

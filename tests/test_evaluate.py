@@ -274,7 +274,7 @@ edge = st.integers(-300, 1300).map(float)
 wild = st.tuples(edge, edge, edge, edge)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(wild, wild, st.integers(100, 1000), st.integers(100, 1000))
 @example((907, 386, 881, 499), (880, 382, 906, 495), 1024, 512)
 @example((100, 200, 300, 400), (100, 200, 300, 320), 640, 320)
