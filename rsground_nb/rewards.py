@@ -33,7 +33,8 @@ def format_score(
 def paired(
     boxes: torch.Tensor, targets: torch.Tensor,  # (n, 4)
 ):
-    "(usable, boxes, targets): (n,) whether both have an area and are finite (numbers below 1e100, sides above 1e-100), and both in double precision with unit boxes in place of unusable pairs."
+    """(usable, boxes, targets): (n,) whether both have an area and are finite (numbers below 1e100, sides above 1e-100),
+    and both in double precision with unit boxes in place of unusable pairs."""
     boxes, targets = boxes.double(), targets.double()
     def fine(b): return (b.abs() < 1e100).all(-1) & (b[..., 2:] - b[..., :2] > 1e-100).all(-1)
     usable = fine(boxes) & fine(targets)
