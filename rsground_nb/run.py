@@ -45,7 +45,7 @@ def run_chapter(
     "Execute one chapter. Raises ValueError for a parameter that the chapter does not have, papermill's error if a cell fails."
     import papermill
 
-    def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
+    def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     source = plain(notebooks_folder() / f"{name}.ipynb")
     known = papermill.inspect_notebook(source)
     unknown = sorted(set(parameters) - set(known))
@@ -73,10 +73,10 @@ def load_run(out):
     path = Path(out) / "run.json"
     if not path.is_file(): raise ValueError(f"{out} holds no run to resume (run.json not found)")
     try: run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): start a new run") from None
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e})") from None
     kinds = dict(scale=str, seed=int, data=str, out=str, commit=str, python=str, versions=dict, chapters=dict)
     wrong = [k for k, kind in kinds.items() if not isinstance(run, dict) or not isinstance(run.get(k), kind)]
-    if wrong: raise ValueError(f"{path} is damaged ({', '.join(wrong)} missing or of the wrong kind): start a new run")
+    if wrong: raise ValueError(f"{path} is damaged ({', '.join(wrong)} missing or of the wrong kind)")
     return run
 
 def what_changed(run, out) -> list:
@@ -281,7 +281,7 @@ def complain(problem):
 def check_numbers(args):
     "Raises ValueError naming the first option whose number is too small or too large."
     most = 2 ** 32 - 1  # of a seed
-    for name, least in (("seed", 0), ("limit", 1), ("max_pixels", 56 * 56), ("budget", 1), ("samples", 0), ("workers", 1)):
+    for name, least in dict(seed=0, limit=1, max_pixels=56 * 56, budget=1, samples=0, workers=1).items():
         value, option = getattr(args, name, None), f"--{name.replace('_', '-')}"
         if value is not None and value < least: raise ValueError(f"{option} {value}: at least {least}")
         if name == "seed" and value and value > most: raise ValueError(f"{option} {value}: at most {most}")
@@ -329,7 +329,7 @@ def listen_for_ctrl_c():
 
 # %% ../nbs/90_run.ipynb #cbf5c205
 def run_command(args):
-    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a run that another process is at) or 130 (interrupted)."
+    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130 (interrupted)."
     try:
         check_numbers(args)
         if args.resume: run = run_to_resume(args)
@@ -374,7 +374,8 @@ def readable(table):
 
 def plain_cell(value):
     "A text that a spreadsheet would take for a formula gets an apostrophe."
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 def write_tables(folder, **tables):
     "CSV files in a new folder, which appears when all of them are complete."
@@ -383,7 +384,8 @@ def write_tables(folder, **tables):
     with tempfile.TemporaryDirectory(dir=folder.parent) as half:
         new = Path(half, "new")
         new.mkdir()
-        for name, table in tables.items(): write_whole(new / f"{name}.csv", table.map(plain_cell).to_csv(index=False))
+        for name, table in tables.items():
+            write_whole(new / f"{name}.csv", table.map(plain_cell).to_csv(index=False))
         new.rename(folder)
 
 def evaluate_command(args):
@@ -444,7 +446,8 @@ def server_of(args):
     try: return Server(args.url, args.model, **{"key_env": args.key_env, "workers": args.workers, "seed": args.seed, **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError) as e:
         known = ", ".join(f.name for f in fields(Server))
-        raise ValueError(f"--settings {args.settings}: a JSON object with fields of {known} is needed ({e})") from None
+        what = f"a JSON object with fields of {known} is needed ({e})"
+        raise ValueError(f"--settings {args.settings}: {what}") from None
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
