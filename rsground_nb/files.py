@@ -141,7 +141,8 @@ def check_row(
         if x1 < 0 or y1 < 0 or x2 > row["width"] or y2 > row["height"]: odd.append(Defect("over the edge", f"box leaves the image {size}: {shown}"))
     if re.search(r"\s\s", row["expression"]): odd.append(Defect("spacing", "two spaces in a row in the expression"))
     if "<|" in row["expression"]:
-        odd.append(Defect("special token", f"the expression holds a mark of chat templates: {quote(row['expression'])}"))
+        said = f"the expression holds a mark of chat templates: {quote(row['expression'])}"
+        odd.append(Defect("special token", said))
     return odd
 
 # %% ../nbs/02b_files.ipynb #7d20c4b1
@@ -259,14 +260,14 @@ def parse_json(text: str):
     except ValueError: raise Defect("unreadable", "a number has too many digits") from None
 
 def plain_yaml(text: str):
-    "What a YAML text holds. Raises Defect for aliases, with which a few lines become millions, and for deep nesting; YAMLError."
-    if re.search(r"(?:[\[{]\s*){50}", text): raise Defect("unreadable", "YAML nested too deeply")  # slow to parse
-    depth = 0
+    "What a YAML text holds. Raises Defect for aliases, which make much of little, and for deep nesting; YAMLError."
+    depth = 51 if re.search(r"(?:[\[{]\s*){50}", text) else 0  # slow to parse
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 50: raise Defect("unreadable", f"YAML nested too deeply (line {event.start_mark.line + 1})")
+        if depth > 50: raise Defect("unreadable", "YAML nested too deeply")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "value", "") == "<<":
-            raise Defect("unsafe", f"line {event.start_mark.line + 1}: YAML with aliases (*name) or merges (<<): write the values out")
+            where = f"line {event.start_mark.line + 1}"
+            raise Defect("unsafe", f"{where}: YAML with aliases (*name) or merges (<<): write the values out")
     return yaml.safe_load(text)
 
 def field(item, name: str):
@@ -311,12 +312,14 @@ def open_xml(
 class Once(dict):
     "What a pickle has stored by number. Raises Defect for a tuple that is used again."
     def __getitem__(self, k):
-        if isinstance(found := super().__getitem__(k), tuple): raise Defect("unsafe", "the pickle uses a tuple twice")
+        found = super().__getitem__(k)
+        if isinstance(found, tuple): raise Defect("unsafe", "the pickle uses a tuple twice")
         return found
 
 class PlainUnpickler(pickle._Unpickler):  # in Python: memory grows with the file, not with the numbers in it
     "Builds plain containers only."
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in pickle.BYTEARRAY8 + pickle.DUP}
+    dispatch = dict(pickle._Unpickler.dispatch)
+    for code in pickle.BYTEARRAY8 + pickle.DUP: del dispatch[code]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -350,7 +353,8 @@ def open_pixels(source, name: str) -> PIL.Image.Image:
 
 def turn_of(image: PIL.Image.Image) -> int:
     "The EXIF orientation, 2 to 8, of an image that is not decoded yet; 1 where there is none."
-    try: how = PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)  # that of PNG would decode all pixels
+    exif = PIL.Image.Image.getexif  # the one of PNG decodes all pixels
+    try: how = exif(image).get(PIL.ExifTags.Base.Orientation)
     except Exception: return 1
     return how if how in range(2, 9) else 1
 
@@ -368,13 +372,14 @@ def turned(path: Path) -> list:
     "[Defect] for an image that EXIF turns, else []. Raises Defect for one that cannot be read."
     with open_image(path) as image: turn = turn_of(image)
     if turn == 1: return []
-    size = "{}x{}".format(*image_size(path))
-    return [Defect("turned image", f"{path.name} has the EXIF orientation {turn}: size and boxes are those of the turned picture, {size}")]
+    frame = "size and boxes are those of the turned picture, {}x{}".format(*image_size(path))
+    return [Defect("turned image", f"{path.name} has the EXIF orientation {turn}: {frame}")]
 
 def size_mismatch(path: Path, declared: tuple) -> Defect:
     "What to say of an image of another size than declared."
     size, turn = image_size(path), turned(path)
-    why = ", turned by EXIF: write the size and the boxes of the turned picture" if turn and size[::-1] == declared else ""
+    why = ", turned by EXIF: write the size and the boxes of the turned picture"
+    if not turn or size[::-1] != declared: why = ""
     return Defect("size mismatch", "declared {}x{}, image is {}x{}".format(*declared, *size) + why)
 
 def same_letters(text: str) -> str:
@@ -388,7 +393,7 @@ def grey_levels(
     values: np.ndarray,
     nodata: float | None = None,  # counts as no number
 ) -> np.ndarray:
-    "Numbers as 8-bit grey: black up to their 2nd percentile, white from their 98th. No number is black. Raises Defect."
+    "Numbers as 8-bit grey: black up to their 2nd percentile, white from the 98th; no number: black. Raises Defect."
     known = np.isfinite(values) & (np.abs(values) < 1e30) & (values != nodata)
     some = values[known][::max(1, values.size // 1_000_000)].astype(float)
     if not some.size: raise Defect("flat image", "no pixel holds a number")
@@ -398,12 +403,14 @@ def grey_levels(
     grey = (255 * shares.clip(0, 1)).round().astype(np.uint8)
     left, were = np.count_nonzero(np.bincount(grey[known])), len(np.unique(some))
     if left < min(were, 32):
-        raise Defect("flat image", f"{left} grey levels would be left of {were} values, {some.min():g} to {some.max():g}: {TO_BYTES}")
+        values = f"{were} values, {some.min():g} to {some.max():g}"
+        raise Defect("flat image", f"{left} grey levels would be left of {values}: {TO_BYTES}")
     return grey
 
 def nodata_of(image: PIL.Image.Image) -> float | None:
     "What GDAL says stands for no number in a TIFF."
-    found = re.fullmatch(r"\s*(-?\d+\.?\d*(?:e[-+]?\d+)?)[\s\0]*", str(getattr(image, "tag_v2", {}).get(42113, "")))
+    text = str(getattr(image, "tag_v2", {}).get(42113, ""))
+    found = re.fullmatch(r"\s*(-?\d+\.?\d*(?:e[-+]?\d+)?)[\s\0]*", text)
     return float(found[1]) if found else None
 
 def read_image(
@@ -414,12 +421,13 @@ def read_image(
     name = source.name if isinstance(source, Path) else "the image"
     try:
         with open_image(source) if isinstance(source, Path) else open_pixels(io.BytesIO(source), name) as image:
-            turn, deep = turn_of(image), ";16" in str(image.tile) and image.mode in ("RGB", "RGBA", "CMYK")
+            turn, deep, nodata = turn_of(image), ";16" in str(image.tile), nodata_of(image)
             image.load()
             if turn > 1: image = PIL.ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF": image = PIL.Image.fromarray(grey_levels(np.asarray(image), nodata_of(image)))
+            one_band = image.mode[0] in "IF"
+            if one_band: image = PIL.Image.fromarray(grey_levels(np.asarray(image), nodata))
             image = image.convert("RGB")
-        if deep and max(high for _, high in image.getextrema()) < 128:
+        if deep and not one_band and max(high for _, high in image.getextrema()) < 128:
             raise Defect("flat image", f"16-bit colours that use less than half of their range: {TO_BYTES}")
     except Defect as e: raise Defect(e.kind, f"{name}: {e}" if e.kind == "flat image" else str(e)) from None
     except Exception as e: raise Defect("bad image", f"image {name} is cut off or broken ({e})") from None
@@ -1285,7 +1293,7 @@ def read_files(files, root, read, images) -> tuple:
     return rows, findings
 
 def look_at_some(rows: list, count: int = 20) -> list:
-    "Findings about the headers of some pictures: a size other than declared, a turn by EXIF, a file that is none. The doctor looks at all."
+    "Findings about some pictures' headers: another size than declared, a turn by EXIF. The doctor looks at all."
     first, findings = {r["image"]: r for r in reversed(rows) if r["image"]}, []
     for r in list(first.values())[::max(1, len(first) // count)][:count]:
         path, declared = Path(r["image"]), (r["width"], r["height"])

@@ -51,7 +51,8 @@ class DataArguments:
     def __post_init__(self):
         "What can be said before a model is loaded. Raises ValueError."
         get_scale(self.scale)
-        if self.max_pixels < Codec.min_pixels: raise ValueError(f"max_pixels {self.max_pixels}: at least {Codec.min_pixels}, 56 x 56 pixels")
+        least = Codec.min_pixels
+        if self.max_pixels < least: raise ValueError(f"max_pixels {self.max_pixels}: at least {least}, 56 x 56 pixels")
         if self.scenes_seed < 0: raise ValueError(f"scenes_seed {self.scenes_seed}: 0 or more")
 
 @dataclass
@@ -66,7 +67,8 @@ class RewardArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.third not in box_rewards(): raise ValueError(f"third: unknown reward {self.third!r}: use one of {', '.join(box_rewards())}")
+        known = box_rewards()
+        if self.third not in known: raise ValueError(f"third: unknown reward {self.third!r}: use one of {', '.join(known)}")
 
 @dataclass
 class ChainSFTConfig(SFTConfig):
@@ -84,29 +86,33 @@ class OneLineParser(TrlParser):
 def find_config(name: str) -> Path:
     "The file, or the one of that name in CONFIGS. Raises ValueError for one that is not plain YAML."
     path = Path(name) if Path(name).exists() else CONFIGS / name
-    if not path.is_file(): raise ValueError(f"--config {name}: no such file; ready ones are {', '.join(sorted(p.name for p in CONFIGS.glob('*.yaml')))}")
+    ready = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+    if not path.is_file(): raise ValueError(f"--config {name}: no such file; ready ones are {ready}")
     try: plain_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError, RecursionError) as e: raise ValueError(f"--config {path}: {e}") from None
+    except (OSError, ValueError, YAMLError) as e: raise ValueError(f"--config {path}: {e}") from None
     return path
 
 def check_whole(part):
-    "Raises ValueError for a number with a point where a dataclass wants a whole one: argparse looks at texts only, not at what YAML read."
+    "Raises ValueError for a number with a point where a whole one is wanted: the parser looks at texts only."
     for name, kind in get_type_hints(type(part)).items():
         kinds, value = (kind, *get_args(kind)), getattr(part, name, None)
-        if type(value) is float and int in kinds and float not in kinds: raise ValueError(f"{name} {value}: a whole number is needed")
+        if type(value) is float and int in kinds and float not in kinds:
+            raise ValueError(f"{name} {value}: a whole number is needed")
 
 def parse_settings(
     stage: str,   # sft or grpo
     words: list,  # --config FILE, where FILE may be the name of one in CONFIGS, and --name value over it
 ) -> tuple:
-    "(data, training, model): three dataclasses. Raises ValueError for unknown names, values that do not fit, and a file that cannot be read."
+    "(data, training, model): three dataclasses. Raises ValueError for unknown names, bad values, an unreadable file."
     words = [str(w) for w in words]
-    for k in (k + 1 for k, word in enumerate(words[:-1]) if word == "--config"): words[k] = str(find_config(words[k]))
+    for k, word in enumerate(words[:-1]):
+        if word == "--config": words[k + 1] = str(find_config(words[k + 1]))
     parser = OneLineParser((*STAGES[stage], ModelConfig), prog=f"rsground train {stage}", allow_abbrev=False)
     *parts, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
     if unknown:
         near = get_close_matches(unknown[0], parser._option_string_actions, 1)
-        raise ValueError(f"unknown setting {unknown[0]}" + (f": do you mean {near[0]}?" if near else f" (see rsground train {stage} --help)"))
+        hint = f": do you mean {near[0]}?" if near else f" (see rsground train {stage} --help)"
+        raise ValueError(f"unknown setting {unknown[0]}{hint}")
     for part in parts: check_whole(part)
     data, training, model = parts
     resume = str(training.resume_from_checkpoint).lower()

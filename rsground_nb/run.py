@@ -7,8 +7,7 @@ __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 
            'whole_path', 'new_run', 'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of',
            'cot_options', 'refer_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder',
            'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell',
-           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of',
-           'command_line', 'cot_command', 'main', 'command']
+           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'main', 'command']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -47,7 +46,7 @@ def run_chapter(
     "Execute one chapter. Raises ValueError for a parameter that the chapter does not have, papermill's error if a cell fails."
     import papermill
 
-    def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in what stands in braces
+    def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
     source = plain(notebooks_folder() / f"{name}.ipynb")
     known = papermill.inspect_notebook(source)
     unknown = sorted(set(parameters) - set(known))
@@ -75,10 +74,10 @@ def load_run(out):
     path = Path(out) / "run.json"
     if not path.is_file(): raise ValueError(f"{out} holds no run to resume (run.json not found)")
     try: run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): start a new run") from None
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e})") from None
     kinds = dict(scale=str, seed=int, data=str, out=str, commit=str, python=str, versions=dict, chapters=dict)
     wrong = [k for k, kind in kinds.items() if not isinstance(run, dict) or not isinstance(run.get(k), kind)]
-    if wrong: raise ValueError(f"{path} is damaged ({', '.join(wrong)} missing or of the wrong kind): start a new run")
+    if wrong: raise ValueError(f"{path} is damaged ({', '.join(wrong)} missing or of the wrong kind)")
     return run
 
 def what_changed(run, out) -> list:
@@ -301,7 +300,7 @@ def complain(problem):
 def check_numbers(args):
     "Raises ValueError naming the first option whose number is too small or too large."
     most = 2 ** 32 - 1  # of a seed
-    for name, least in (("seed", 0), ("limit", 1), ("max_pixels", 56 * 56), ("budget", 1), ("samples", 0), ("workers", 1)):
+    for name, least in dict(seed=0, limit=1, max_pixels=56 * 56, budget=1, samples=0, workers=1).items():
         value, option = getattr(args, name, None), f"--{name.replace('_', '-')}"
         if value is not None and value < least: raise ValueError(f"{option} {value}: at least {least}")
         if name == "seed" and value and value > most: raise ValueError(f"{option} {value}: at most {most}")
@@ -349,7 +348,7 @@ def listen_for_ctrl_c():
 
 # %% ../nbs/90_run.ipynb #cbf5c205
 def run_command(args):
-    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a run that another process is at) or 130 (interrupted)."
+    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130 (interrupted)."
     try:
         check_numbers(args)
         if args.resume: run = run_to_resume(args)
@@ -394,7 +393,8 @@ def readable(table):
 
 def plain_cell(value):
     "A text that a spreadsheet would take for a formula gets an apostrophe."
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 def write_tables(folder, **tables):
     "CSV files in a new folder, which appears when all of them are complete."
@@ -403,7 +403,8 @@ def write_tables(folder, **tables):
     with tempfile.TemporaryDirectory(dir=folder.parent) as half:
         new = Path(half, "new")
         new.mkdir()
-        for name, table in tables.items(): write_whole(new / f"{name}.csv", table.map(plain_cell).to_csv(index=False))
+        for name, table in tables.items():
+            write_whole(new / f"{name}.csv", table.map(plain_cell).to_csv(index=False))
         new.rename(folder)
 
 def evaluate_command(args):
@@ -487,6 +488,7 @@ def server_of(args):
     try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError, RecursionError) as e:
         known = ", ".join(f.name for f in fields(Server))
+<<<<<<< /tmp/tmpqlgxtwuw.txt
         raise ValueError(f"--settings {{…}}: a JSON object with fields of {known} is needed ({e})") from None
     if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
     return server
@@ -496,6 +498,10 @@ def command_line(args):
     from rsground_nb.chat import without_secrets
     words = ["rsground", *sys.argv[1:]]
     return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings)))) if args.settings else w for w in words)
+=======
+        what = f"a JSON object with fields of {known} is needed ({e})"
+        raise ValueError(f"--settings {args.settings}: {what}") from None
+>>>>>>> /tmp/tmpv3vkohba.txt
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."

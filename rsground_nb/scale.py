@@ -100,7 +100,8 @@ def stage_ready(
     slip = Path(folder) / "made_by.json"
     if not slip.exists(): return False
     try: found = dict(json.loads(slip.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as e: raise ValueError(f"{slip} is damaged ({e}): remove the folder, or choose another `out`") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{slip} is damaged ({e}): remove the folder, or choose another `out`") from None
     differ = [k for k in settings if found.get(k) != settings[k]]
     if differ:
         was, now = (", ".join(f"{k}={d.get(k)!r}" for k in differ) for d in (found, settings))
@@ -109,7 +110,7 @@ def stage_ready(
 
 # %% ../nbs/00_scale.ipynb #a539f073
 def write_whole(path: str | Path, text: str):
-    "Write a file in one go: whoever reads it finds the old text or the new one. Raises OSError naming the file."
+    "Write a file in one go: a reader finds the old text or the new one. Raises OSError naming the file."
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="")
