@@ -45,7 +45,7 @@ from rsground_nb.synthesis import load_chains, make_chains
 from rsground_nb.train import grpo_rows, grpo_trainer, never_drawn
 
 TABLE = Path(__file__).parent / "benchmark_speed.csv"
-WAYS = dict(sft=["plain", "head", "memory", "norms", "head+memory", "head+memory+norms", "head+rows 8"],
+WAYS = dict(sft=["plain", "head", "memory", "head+memory", "head+rows 8"],
             grpo=["plain", "memory", "norms", "rows 16", "memory+rows 16", "memory+rows 16+norms"])
 SIZE = replace(get_scale("workshop"), num_train=256, num_val=2, num_test=2, sft_steps=3, grpo_steps=1,
                prompts_per_step=8, max_completion_length=40, rows_per_pass=64)
