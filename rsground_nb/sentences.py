@@ -345,7 +345,7 @@ def options(words): return "|".join(re.escape(w) for w in sorted(words, key=len,
 @cache
 def pattern(categories: tuple) -> re.Pattern:
     "The form of all sentences about some categories, with named slots."
-    pick = rf"(?:(?P<rank>second) (?={options(SIZES)}))?(?P<pick>{options([*ENDS, *SIZES])}) "
+    pick = rf"(?:(?P<rank>{options(ORDINALS)}) (?={options(SIZES)}))?(?P<pick>{options([*ENDS, *SIZES])}) "
     pick += rf"|(?P<ordinal>{options(ORDINALS)}) "
     noun = rf"(?:(?P<colour>{options(COLOUR_WORDS)}) )?(?P<category>{options(categories)})"
     noun += rf"(?(ordinal) from the (?P<start>{options(STARTS)}))"
