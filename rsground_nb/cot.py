@@ -34,21 +34,21 @@ def has_area(box):
 # a box: x1, y1, x2, y2 in original pixels
 Place = Annotated[list[float], Field(min_length=4, max_length=4), AfterValidator(has_area)]
 
-@dataclass
+@dataclass(slots=True)
 class Target:
     "What is looked for."
     __pydantic_config__ = STRICT
     category: str
     attributes: list[str]
 
-@dataclass
+@dataclass(slots=True)
 class Cue:
     "What tells it from others, in the words of the sentence without articles."
     __pydantic_config__ = STRICT
     kind: Literal["name", "order", "relation", "position", "size"]
     words: str
 
-@dataclass
+@dataclass(slots=True)
 class Candidate:
     "An object that goes into a step."
     __pydantic_config__ = STRICT
@@ -56,7 +56,7 @@ class Candidate:
     colour: str | None
     box: Place
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     "One hop: the candidates, and what the cue leaves of them."
     __pydantic_config__ = STRICT
@@ -66,7 +66,7 @@ class Step:
     candidates: list[Candidate]
     left: list[int]              # of the candidates
 
-@dataclass
+@dataclass(slots=True)
 class Thought:
     "How a target is found; no steps and no decision where the other objects of the image are not known."
     __pydantic_config__ = STRICT

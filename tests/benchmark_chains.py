@@ -4,6 +4,7 @@
 
 Rows are scenes with all kinds of sentences, a third of one, two and three hops each: 70 % of style simple, 10 % aerial, 20 % other; their pictures are not drawn. Parsing the sentences is part of the writing. `--out` writes a CSV file with one row for each number of hops, `--planted` one with a row for each planted defect."""
 import argparse
+import gc
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ def seconds_of(work):
 def measure(records, tokenizer):
     "One row of the table: speeds (median of 5), kept rows, tokens of a chain."
     rows, times = to_dataset(records), []
+    gc.collect(); gc.freeze()  # the collector need not walk the libraries
     for _ in range(5):
         parse_expression.cache_clear()
         written, drafts = seconds_of(lambda: rule_drafts(rows, GRID))
