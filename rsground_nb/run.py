@@ -7,7 +7,8 @@ __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 
            'whole_path', 'new_run', 'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of',
            'cot_options', 'refer_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder',
            'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell',
-           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'main', 'command']
+           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of',
+           'command_line', 'cot_command', 'main', 'command']
 
 # %% ../nbs/90_run.ipynb #39f17e95
 import argparse
@@ -488,7 +489,6 @@ def server_of(args):
     try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError, RecursionError) as e:
         known = ", ".join(f.name for f in fields(Server))
-<<<<<<< /tmp/tmpqlgxtwuw.txt
         raise ValueError(f"--settings {{…}}: a JSON object with fields of {known} is needed ({e})") from None
     if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
     return server
@@ -498,10 +498,6 @@ def command_line(args):
     from rsground_nb.chat import without_secrets
     words = ["rsground", *sys.argv[1:]]
     return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings)))) if args.settings else w for w in words)
-=======
-        what = f"a JSON object with fields of {known} is needed ({e})"
-        raise ValueError(f"--settings {args.settings}: {what}") from None
->>>>>>> /tmp/tmpv3vkohba.txt
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."

@@ -112,6 +112,7 @@ def test_what_no_row_can_get_over_stops_at_once(faulty, tmp_path, fault, said, m
 
 ECHOES = ["500", "raw=KEY is not JSON", 'raw={"error": {"message": "KEY"}}', 'raw={"detail": [{"loc": ["KEY"], "msg": "KEY", "KEY": 1}]}', 'raw={"error": {"KEY": "KEY"}}', 'at=choices.0.finish_reason:"KEY"', 'at=choices.0.error:{"message": "KEY"}',
           'at=choices.0.message.content:"{\\"reasoning\\": \\"KEY\\", \\"box\\": [1, 2, 3, 4]}"', 'at=choices.0.message.content:["<think>KEY</think>", {"type": "text", "text": "<answer>[1, 2, 3, 4]</answer>"}]',
+          *('at=choices.0.message.content:' + json.dumps('{"reasoning": "%s", "box": [1, 2, 3, 4]}' % "sk-very-secret-and-long".replace("-", dash).replace("s", s)) for dash, s in (("\\u002d", "s"), ("-", "\\u0073"), ("\\u002D", "\\u0073"))),
           'at=choices.0.message.refusal:"KEY"', "raw=" + "x" * 60 + " KEY"]
 
 
@@ -120,8 +121,14 @@ def test_a_key_that_the_server_echoes_is_written_nowhere(faulty, tmp_path, monke
     monkeypatch.setenv("MY_KEY", "sk-very-secret-and-long")
     server = faulty(echo).server(key_env="MY_KEY", max_retries=0, structured=False)
     for _ in range(2): drafts = draw(server, tmp_path, 1)
+    assert not echo.startswith("at=choices.0.message.content") or "…" in drafts[0].completion
     left = repr(drafts).encode() + b"".join(p.read_bytes() for p in tmp_path.glob("replies.sqlite*"))
     assert b"sk-very" not in left and b"and-long" not in left and drafts[0].completion + drafts[0].trouble
+
+
+@pytest.mark.parametrize("name", ["messages", "stream", "model", "response_format"])
+def test_a_field_that_is_not_for_more_is_refused(name):
+    with pytest.raises(ValueError, match=f"more: '{name}'"): Server("http://h/v1", "m", more={name: True, "top_p": 1})
 
 
 def test_the_stand_in_for_a_key_is_not_masked(faulty, tmp_path, monkeypatch):
@@ -367,7 +374,7 @@ def test_a_broken_image_costs_its_own_row_only(faulty, tmp_path):
 
 def test_ctrl_c_leaves_at_once_and_keeps_what_came(faulty, tmp_path):
     s = faulty("ok", "ok", "always:slow=300")
-    program = f"from test_chat import *; signal.signal(signal.SIGINT, signal.default_int_handler); draw(Server('http://127.0.0.1:{s.port}/v1', 'm', workers=3, timeout=300), Path({str(tmp_path)!r}), 12)"
+    program = f"from test_chat import *; signal.signal(signal.SIGINT, signal.default_int_handler); draw(Server('http://127.0.0.1:{s.port}/v1', 'm', workers=3, timeout=300, free_text=True), Path({str(tmp_path)!r}), 12)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         wait_until(lambda: len(s.log()) == 5)
