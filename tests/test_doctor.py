@@ -193,8 +193,9 @@ def test_boxes_in_another_frame_become_a_manifest_in_pixels(shared, tmp_path, ca
 def test_archives_and_folders_of_pictures_are_named_in_one_sentence(tmp_path, capsys):
     for folder in ("packed", "pictures"): (tmp_path / folder).mkdir()
     (tmp_path / "packed" / "a.zip").write_bytes(b"PK")
+    (tmp_path / "p.jsonl").write_text('{"expression_id": "a", "predicted": [1, 2, 3, 4]}')
     shutil.copy(Path(__file__).parent.parent / "nbs" / "images" / "gallery.png", tmp_path / "pictures" / "a.png")
-    for command in (["data", "doctor", "{}"], ["data", "split", "{}", str(tmp_path / "new.jsonl")], ["evaluate", "p.jsonl", "--data", "{}"], ["run", "--data", "{}", "--out", str(tmp_path / "run")]):
+    for command in (["data", "doctor", "{}"], ["data", "split", "{}", str(tmp_path / "new.jsonl")], ["evaluate", str(tmp_path / "p.jsonl"), "--data", "{}"], ["run", "--data", "{}", "--out", str(tmp_path / "run")]):
         assert main([word.replace("{}", str(tmp_path / "packed" / "a.zip")) for word in command]) == 2
         assert "is an archive: unpack it and name the folder" in capsys.readouterr().err
     assert main(["data", "doctor", str(tmp_path / "pictures")]) == 0 and "no annotations here" in capsys.readouterr().out
