@@ -63,7 +63,8 @@ def split_hash(
     columns = dataset.with_format(None)
     for image_id, box, expression in zip(columns["image_id"][:], columns["box"][:], columns["expression"][:]):
         corners = [str(int(v)) if v == int(v) else repr(v) for v in box]
-        digest.update(b"\t".join([plain(image_id), *(c.encode() for c in corners), plain(expression)]) + b"\n")
+        fields = [plain(image_id), *(c.encode() for c in corners), plain(expression)]
+        digest.update(b"\t".join(fields) + b"\n")
     return digest.hexdigest()
 
 # %% ../nbs/03_data.ipynb #309e2bc7

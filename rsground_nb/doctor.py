@@ -110,11 +110,13 @@ def doctor(
     try:
         if manifest: check_target(manifest, data_parts(path)[0])
         report = examine(path, format, images, decode, frame)
+        root = manifest and write_jsonl(report.rows, manifest, report.path)  # before a reader may hang up
         lost, kind = sum(f.rows for f in report.findings if not f.kept), "" if format else " (guessed)"
         if report.format == "images": kind = " (pictures only: no annotations here)"
         print(f"{path}: format {report.format}{kind}, {len(report.rows)} good rows, {lost} lost, {report.images} images looked at; {len(report.findings)} findings")
         print_findings(report.findings, everything)
-        if manifest: print(f"{len(report.rows)} good rows written; use them as {manifest}@{write_jsonl(report.rows, manifest, report.path)}")
+        if manifest: print(f"{len(report.rows)} good rows written; use them as {manifest}@{root}")
+    except BrokenPipeError: raise
     except (ValueError, OSError) as e:
         said = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
         print(f"rsground: {printable(said)}", file=sys.stderr)

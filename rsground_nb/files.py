@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['CORNERS', 'MOST_PIXELS', 'LONGEST', 'SAFE_NAME', 'FRAMES', 'FRAMED', 'GRIDS', 'READ_ERRORS', 'TO_BYTES', 'TURNED',
            'SPLITS', 'VRSBENCH_SIDE', 'BOX_KEYS', 'CORNER_KEYS', 'TURNS', 'ASKED', 'PICTURES', 'MARKS', 'LABELS',
-           'FOLDERS', 'LAYOUTS', 'LINES', 'ARCHIVES', 'PICTURE_ENDINGS', 'Defect', 'printable', 'Finding', 'quote',
-           'text_of', 'number', 'numbers', 'is_size', 'check_row', 'guess_frame', 'in_pixels', 'frame_findings',
-           'as_finding', 'collect', 'read_bytes', 'text_bytes', 'read_text', 'text_lines', 'parse_json', 'plain_yaml',
-           'field', 'text_field', 'list_field', 'decoded_xml', 'open_xml', 'Once', 'PlainUnpickler', 'open_pickle',
-           'open_image', 'image_bytes', 'open_pixels', 'turn_of', 'image_size', 'turned', 'size_mismatch',
-           'same_letters', 'grey_levels', 'nodata_of', 'read_image', 'ImageFolder', 'lines_of', 'declared_size',
-           'around', 'xml_box', 'read_xml', 'read_index', 'annotation_files', 'read_dior_rsvg', 'read_rsvg_hr',
-           'percent_box', 'share_row', 'refer_turns', 'read_vrsbench', 'read_vrsbench_objects', 'read_refgeo',
-           'known_mask', 'image_mask', 'boxes_in', 'no_box', 'one_box', 'unknown_shape', 'said_text', 'turn_pairs',
-           'questions', 'image_name', 'read_objects', 'swift_objects', 'json_items', 'json_questions', 'read_hops',
-           'read_jsonl', 'coco_runs', 'polygon_points', 'polygon_mask', 'annotated_mask', 'open_instances', 'coco_row',
-           'usable_rows', 'read_coco', 'read_refer', 'read_phrases', 'find_stem', 'read_voc', 'splits_of_stems',
-           'class_names', 'read_names', 'image_beside', 'yolo_shape', 'count_alike', 'read_yolo', 'read_dota', 'Layout',
-           'files_of', 'formats_of', 'may_be', 'has_descriptions', 'guess_json', 'guess_file', 'guess_format',
-           'chosen_format', 'chosen_files', 'deal_out', 'read_rows', 'read_files', 'look_at_some', 'not_read']
+           'COCO_FILES', 'YEARS', 'COCO_IMAGES', 'LAYOUTS', 'LINES', 'ARCHIVES', 'PICTURE_ENDINGS', 'Defect',
+           'printable', 'Finding', 'quote', 'text_of', 'number', 'numbers', 'is_size', 'check_row', 'guess_frame',
+           'in_pixels', 'frame_findings', 'as_finding', 'collect', 'read_bytes', 'text_bytes', 'read_text',
+           'text_lines', 'parse_json', 'plain_yaml', 'field', 'text_field', 'list_field', 'decoded_xml', 'open_xml',
+           'Once', 'PlainUnpickler', 'open_pickle', 'open_image', 'image_bytes', 'open_pixels', 'turn_of', 'image_size',
+           'turned', 'size_mismatch', 'same_letters', 'grey_levels', 'nodata_of', 'read_image', 'ImageFolder',
+           'lines_of', 'declared_size', 'around', 'xml_box', 'read_xml', 'read_index', 'annotation_files',
+           'read_dior_rsvg', 'read_rsvg_hr', 'percent_box', 'share_row', 'refer_turns', 'read_vrsbench',
+           'read_vrsbench_objects', 'read_refgeo', 'known_mask', 'image_mask', 'boxes_in', 'no_box', 'one_box',
+           'unknown_shape', 'said_text', 'turn_pairs', 'questions', 'image_name', 'read_objects', 'swift_objects',
+           'json_items', 'json_questions', 'read_hops', 'read_jsonl', 'coco_runs', 'polygon_points', 'polygon_mask',
+           'annotated_mask', 'open_instances', 'coco_row', 'usable_rows', 'read_coco', 'read_refer', 'read_phrases',
+           'find_stem', 'read_voc', 'splits_of_stems', 'class_names', 'read_names', 'image_beside', 'image_fields',
+           'yolo_shape', 'count_alike', 'read_yolo', 'read_dota', 'Layout', 'by_split', 'files_of', 'formats_of',
+           'may_be', 'has_descriptions', 'guess_json', 'guess_file', 'guess_format', 'chosen_format', 'chosen_files',
+           'deal_out', 'read_rows', 'read_files', 'look_at_some', 'not_read']
 
 # %% ../nbs/02b_files.ipynb #c2841b3a
 import io
@@ -140,7 +141,8 @@ def check_row(
         if x1 < 0 or y1 < 0 or x2 > row["width"] or y2 > row["height"]: odd.append(Defect("over the edge", f"box leaves the image {size}: {shown}"))
     if re.search(r"\s\s", row["expression"]): odd.append(Defect("spacing", "two spaces in a row in the expression"))
     if "<|" in row["expression"]:
-        odd.append(Defect("special token", f"the expression holds a mark of chat templates: {quote(row['expression'])}"))
+        said = f"the expression holds a mark of chat templates: {quote(row['expression'])}"
+        odd.append(Defect("special token", said))
     return odd
 
 # %% ../nbs/02b_files.ipynb #7d20c4b1
@@ -258,13 +260,14 @@ def parse_json(text: str):
     except ValueError: raise Defect("unreadable", "a number has too many digits") from None
 
 def plain_yaml(text: str):
-    "What a YAML text holds. Raises Defect for aliases, with which a few lines become millions, and for deep nesting; YAMLError."
-    depth = 0
+    "What a YAML text holds. Raises Defect for aliases, which make much of little, and for deep nesting; YAMLError."
+    depth = 51 if re.search(r"(?:[\[{]\s*){50}", text) else 0  # slow to parse
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 50: raise Defect("unreadable", f"YAML nested too deeply (line {event.start_mark.line + 1})")
+        if depth > 50: raise Defect("unreadable", "YAML nested too deeply")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "value", "") == "<<":
-            raise Defect("unsafe", f"line {event.start_mark.line + 1}: YAML with aliases (*name) or merges (<<): write the values out")
+            where = f"line {event.start_mark.line + 1}"
+            raise Defect("unsafe", f"{where}: YAML with aliases (*name) or merges (<<): write the values out")
     return yaml.safe_load(text)
 
 def field(item, name: str):
@@ -309,12 +312,14 @@ def open_xml(
 class Once(dict):
     "What a pickle has stored by number. Raises Defect for a tuple that is used again."
     def __getitem__(self, k):
-        if isinstance(found := super().__getitem__(k), tuple): raise Defect("unsafe", "the pickle uses a tuple twice")
+        found = super().__getitem__(k)
+        if isinstance(found, tuple): raise Defect("unsafe", "the pickle uses a tuple twice")
         return found
 
 class PlainUnpickler(pickle._Unpickler):  # in Python: memory grows with the file, not with the numbers in it
     "Builds plain containers only."
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in pickle.BYTEARRAY8 + pickle.DUP}
+    dispatch = dict(pickle._Unpickler.dispatch)
+    for code in pickle.BYTEARRAY8 + pickle.DUP: del dispatch[code]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -348,7 +353,8 @@ def open_pixels(source, name: str) -> PIL.Image.Image:
 
 def turn_of(image: PIL.Image.Image) -> int:
     "The EXIF orientation, 2 to 8, of an image that is not decoded yet; 1 where there is none."
-    try: how = PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)  # that of PNG would decode all pixels
+    exif = PIL.Image.Image.getexif  # the one of PNG decodes all pixels
+    try: how = exif(image).get(PIL.ExifTags.Base.Orientation)
     except Exception: return 1
     return how if how in range(2, 9) else 1
 
@@ -366,13 +372,14 @@ def turned(path: Path) -> list:
     "[Defect] for an image that EXIF turns, else []. Raises Defect for one that cannot be read."
     with open_image(path) as image: turn = turn_of(image)
     if turn == 1: return []
-    size = "{}x{}".format(*image_size(path))
-    return [Defect("turned image", f"{path.name} has the EXIF orientation {turn}: size and boxes are those of the turned picture, {size}")]
+    frame = "size and boxes are those of the turned picture, {}x{}".format(*image_size(path))
+    return [Defect("turned image", f"{path.name} has the EXIF orientation {turn}: {frame}")]
 
 def size_mismatch(path: Path, declared: tuple) -> Defect:
     "What to say of an image of another size than declared."
     size, turn = image_size(path), turned(path)
-    why = ", turned by EXIF: write the size and the boxes of the turned picture" if turn and size[::-1] == declared else ""
+    why = ", turned by EXIF: write the size and the boxes of the turned picture"
+    if not turn or size[::-1] != declared: why = ""
     return Defect("size mismatch", "declared {}x{}, image is {}x{}".format(*declared, *size) + why)
 
 def same_letters(text: str) -> str:
@@ -386,7 +393,7 @@ def grey_levels(
     values: np.ndarray,
     nodata: float | None = None,  # counts as no number
 ) -> np.ndarray:
-    "Numbers as 8-bit grey: black up to their 2nd percentile, white from their 98th. No number is black. Raises Defect."
+    "Numbers as 8-bit grey: black up to their 2nd percentile, white from the 98th; no number: black. Raises Defect."
     known = np.isfinite(values) & (np.abs(values) < 1e30) & (values != nodata)
     some = values[known][::max(1, values.size // 1_000_000)].astype(float)
     if not some.size: raise Defect("flat image", "no pixel holds a number")
@@ -396,12 +403,14 @@ def grey_levels(
     grey = (255 * shares.clip(0, 1)).round().astype(np.uint8)
     left, were = np.count_nonzero(np.bincount(grey[known])), len(np.unique(some))
     if left < min(were, 32):
-        raise Defect("flat image", f"{left} grey levels would be left of {were} values, {some.min():g} to {some.max():g}: {TO_BYTES}")
+        values = f"{were} values, {some.min():g} to {some.max():g}"
+        raise Defect("flat image", f"{left} grey levels would be left of {values}: {TO_BYTES}")
     return grey
 
 def nodata_of(image: PIL.Image.Image) -> float | None:
     "What GDAL says stands for no number in a TIFF."
-    found = re.fullmatch(r"\s*(-?\d+\.?\d*(?:e[-+]?\d+)?)[\s\0]*", str(getattr(image, "tag_v2", {}).get(42113, "")))
+    text = str(getattr(image, "tag_v2", {}).get(42113, ""))
+    found = re.fullmatch(r"\s*(-?\d+\.?\d*(?:e[-+]?\d+)?)[\s\0]*", text)
     return float(found[1]) if found else None
 
 def read_image(
@@ -412,12 +421,13 @@ def read_image(
     name = source.name if isinstance(source, Path) else "the image"
     try:
         with open_image(source) if isinstance(source, Path) else open_pixels(io.BytesIO(source), name) as image:
-            turn, deep = turn_of(image), ";16" in str(image.tile) and image.mode in ("RGB", "RGBA", "CMYK")
+            turn, deep, nodata = turn_of(image), ";16" in str(image.tile), nodata_of(image)
             image.load()
             if turn > 1: image = PIL.ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF": image = PIL.Image.fromarray(grey_levels(np.asarray(image), nodata_of(image)))
+            one_band = image.mode[0] in "IF"
+            if one_band: image = PIL.Image.fromarray(grey_levels(np.asarray(image), nodata))
             image = image.convert("RGB")
-        if deep and max(high for _, high in image.getextrema()) < 128:
+        if deep and not one_band and max(high for _, high in image.getextrema()) < 128:
             raise Defect("flat image", f"16-bit colours that use less than half of their range: {TO_BYTES}")
     except Defect as e: raise Defect(e.kind, f"{name}: {e}" if e.kind == "flat image" else str(e)) from None
     except Exception as e: raise Defect("bad image", f"image {name} is cut off or broken ({e})") from None
@@ -487,7 +497,8 @@ def declared_size(root) -> tuple | None:
     if any(v != int(v) or v < 1 for v in size): raise Defect("size", "no usable image size: {:g}x{:g}".format(*size))
     return int(size[0]), int(size[1])
 
-TURNED = [f"{axis}_{corner}" for corner in ("left_top", "right_top", "right_bottom", "left_bottom") for axis in "xy"]  # DIOR's oriented boxes
+TURNED = [f"{axis}_{corner}" for corner in ("left_top", "right_top", "right_bottom", "left_bottom")
+          for axis in "xy"]  # DIOR's oriented boxes
 
 def around(points: list) -> list:
     "The box around a polygon [x1, y1, x2, y2, ...]."
@@ -521,8 +532,10 @@ def read_xml(
     def row(item):
         k, element = item
         box, polygon = xml_box(element)
-        return dict(image=image and str(image), image_id=name, expression_id=f"{path.stem}:{k}", expression=(element.findtext(text) or "").strip(), box=in_pixels(box, images.frame, width, height),
-                    polygon=polygon and in_pixels(polygon, images.frame, width, height), width=width, height=height, category=element.findtext("name"), source=source)
+        return dict(image=image and str(image), image_id=name, expression_id=f"{path.stem}:{k}",
+                    expression=(element.findtext(text) or "").strip(), box=in_pixels(box, images.frame, width, height),
+                    polygon=polygon and in_pixels(polygon, images.frame, width, height), width=width, height=height,
+                    category=element.findtext("name"), source=source)
 
     return collect(((line, f"object {k}", (k, e)) for k, (line, e) in enumerate(zip(lines, elements))), path.name, row)
 
@@ -685,18 +698,21 @@ def boxes_in(answer, depth: int = 6) -> list:
     "Every box of an answer as it is written: of a list, an object, or a text. Raises Defect."
     if isinstance(answer, str):
         said = answer.rpartition("</think>")[2]
+        said = between(said, "<answer>", "</answer>") or said
         found = [[float(v) for v in NUMERAL.findall(m[0])] for m in GROUP.finditer(said)]
         found = [values[:4] for values in found if len(values) <= 5]  # more: a polygon
-        parsed = None if found else parse_box(between(said, "<answer>", "</answer>") or said)
+        parsed = None if found else parse_box(said)
         return found or [list(parsed.box) if parsed.box else no_box(parsed.reason)]
     if not depth or not answer: return []
     if isinstance(answer, dict):
         corners = next((keys for keys in CORNER_KEYS if keys[0] in answer), None)
         if corners: return [[field(answer, k) for k in corners]]
         return [box for k in BOX_KEYS if k in answer for box in boxes_in(answer[k], depth - 1)]
-    if not isinstance(answer, list): raise Defect("wrong fields", f"an answer is a text, a list or an object, not {quote(answer)}")
+    if not isinstance(answer, list):
+        raise Defect("wrong fields", f"an answer is a text, a list or an object, not {quote(answer)}")
     if not any(isinstance(v, (list, dict)) for v in answer):
-        return [box for v in answer for box in boxes_in(v)] if isinstance(answer[0], str) and len(answer) != 4 else [answer]
+        if isinstance(answer[0], str) and len(answer) != 4: return [box for v in answer for box in boxes_in(v)]
+        return [answer]
     if [isinstance(v, list) and len(v) for v in answer] == [2, 2]: return [[*answer[0], *answer[1]]]  # two corners
     return [box for v in answer if isinstance(v, (list, dict)) for box in boxes_in(v, depth - 1)]
 
@@ -705,15 +721,16 @@ def no_box(reason): raise Defect("no box", reason)
 def one_box(answer) -> list:
     "The four numbers of an answer. Raises Defect if it has no box, or more than one."
     found = {tuple(numbers(box, CORNERS)) for box in boxes_in(answer)}
-    if len(found) > 1: raise Defect("several boxes", f"more than one box in an answer ({len(found)}): a row is one expression and one box")
+    if len(found) > 1:
+        raise Defect("several boxes", f"more than one box in an answer ({len(found)}): a row is one expression and one box")
     return list(found.pop()) if found else no_box(f"no box in the answer {quote(answer)}")
 
 # %% ../nbs/02b_files.ipynb #f4e2a390
 TURNS = ("conversations", "messages")
-ASKED = (("expression", "box"), ("expression", "bbox"), ("problem", "solution"), ("problem", "answer"), ("query", "response"),
-         ("question", "answer"), ("instruction", "output"), ("prompt", "completion"))  # names of question and answer
+ASKED = (("expression", "box"), ("expression", "bbox"), ("problem", "solution"), ("problem", "answer"),
+         ("query", "response"), ("question", "answer"), ("instruction", "output"), ("prompt", "completion"))
 PICTURES = ("image", "images", "image_path", "img_path", "file_name")
-MARKS = re.compile(r"<image>|</?ref>|</?p>|<\|object_ref_(?:start|end)\|>")  # in a question, around the expression
+MARKS = re.compile(r"<image>|</?ref>|</?p>|<\|object_ref_(?:start|end)\|>")  # in a question
 
 def unknown_shape(r: dict) -> Defect:
     "Says which shapes are known, and what is missing of the nearest."
@@ -721,21 +738,25 @@ def unknown_shape(r: dict) -> Defect:
     have = {"image" if k in PICTURES else k for k in r}
     nearest = max(known, key=lambda names: len(have & {*names}) / len(names))
     missing = " and no ".join(k for k in nearest if k not in have)
-    return Defect("wrong fields", f"no {missing}; known rows: {'; '.join(' + '.join(k) for k in known)}; nearest: {' + '.join(nearest)}")
+    rows = "; ".join(" + ".join(k) for k in known)
+    return Defect("wrong fields", f"no {missing}; known rows: {rows}; nearest: {' + '.join(nearest)}")
 
 def said_text(said) -> str:
     "The text of a turn, which may be a list of parts. Raises Defect."
-    if isinstance(said, list): said = "".join(text_field(part, "text") for part in said if isinstance(part, dict) and "text" in part)
+    if isinstance(said, list):
+        said = "".join(text_field(part, "text") for part in said if isinstance(part, dict) and "text" in part)
     if not isinstance(said, str): raise Defect("wrong fields", f"a question is not text: {quote(said)}")
     return said
 
 def turn_pairs(turns: list) -> list:
-    "(question, answer) for every question of a conversation; system turns and those of tools are left out. Raises Defect."
+    "(question, answer) for every question of a conversation, without turns of system and tools. Raises Defect."
     said = []
     for turn in turns:
         role = field(turn, "from") if "from" in turn else turn.get("role")
-        if role not in ("system", "tool", "observation", "function_call"): said.append(turn.get("value", turn.get("content")))
-    if not said or len(said) % 2 or None in said: raise Defect("wrong fields", "a conversation is question, answer, question, answer, ...")
+        if role in ("system", "tool", "observation", "function_call"): continue
+        said.append(turn.get("value", turn.get("content")))
+    if not said or len(said) % 2 or None in said:
+        raise Defect("wrong fields", "a conversation is question, answer, question, answer, ...")
     return [(said_text(q), said_text(a)) for q, a in zip(said[::2], said[1::2])]
 
 def questions(r: dict) -> list:
@@ -745,7 +766,8 @@ def questions(r: dict) -> list:
     names = next((names for names in ASKED if all(r.get(k) is not None for k in names)), None)
     if names is None: raise unknown_shape(r)
     asked, answer = (r[k] for k in names)
-    if isinstance(asked, list) and isinstance(answer, list) and isinstance(asked[-1], dict) and "role" in asked[-1]: return turn_pairs(asked + answer)
+    if isinstance(asked, list) and isinstance(answer, list) and isinstance(asked[-1], dict) and "role" in asked[-1]:
+        return turn_pairs(asked + answer)
     more = r.get("input") if names[0] == "instruction" else None
     return [(said_text(asked) + (f" {said_text(more)}" if more else ""), answer)]
 
@@ -753,7 +775,8 @@ def image_name(r: dict) -> str:
     "The one image of a row: a name, a list of one, or a part of a turn. Raises Defect."
     found = next((r[k] for k in PICTURES if r.get(k)), None)
     if found is None:
-        parts = [p for t in TURNS for turn in r.get(t) or [] for p in turn.get("content") or [] if isinstance(p, dict)]
+        contents = [turn.get("content") or [] for t in TURNS for turn in r.get(t) or []]
+        parts = [p for content in contents for p in content if isinstance(p, dict)]
         found = [p["image"] for p in parts if p.get("image")]
     if isinstance(found, list):
         if len(found) != 1: raise Defect("wrong fields", f"{len(found) or 'no'} images in a row, need one")
@@ -770,7 +793,7 @@ def read_objects(found) -> list | None:
     return [dict(category=text_field(o, "category"), colour=known(o, "colour"), box=numbers(field(o, "box"), CORNERS)) for o in found]
 
 def swift_objects(r: dict, pairs: list) -> tuple:
-    "(pairs, frame) of a row in the shape of ms-swift, where objects.bbox and objects.ref stand for marks in the turns. Raises Defect."
+    "(pairs, frame) of a row of ms-swift, where marks in the turns mean objects.bbox and objects.ref. Raises Defect."
     found = r.get("objects")
     if not isinstance(found, dict) or not found.get("bbox"): return pairs, None
     (question, answer), *more = pairs
@@ -783,7 +806,8 @@ def json_items(path: Path) -> list:
     if re.match(rb"\{\s*\n", head): found = parse_json(read_text(path))  # one object over several lines
     elif head[:1] == b"[": found = parse_json(read_text(path))
     else: return text_lines(path)
-    if isinstance(found, dict): found = next((v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [found])
+    if isinstance(found, dict):
+        found = next((v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [found])
     return [(None, f"row {k}", r) for k, r in enumerate(found)]
 
 def json_questions(path: Path):
@@ -805,22 +829,25 @@ def read_hops(found) -> int | None:
     return found
 
 def read_jsonl(path: Path, images: ImageFolder) -> tuple:
-    "JSON lines or a JSON list: rows of this package (image, expression, box, ...) and of fine-tuning (conversations, messages, problem and solution, ...); boxes in original pixels. A row may name its split."
+    """JSON lines or a JSON list: rows of this package (image, expression, box, ...) and of fine-tuning (conversations,
+    messages, problem and solution, ...); boxes in original pixels. A row may name its split."""
     def row(item):
         if isinstance(item, Exception): raise item
         r, question, answer, frame, at = item
         name = image_name(r)
         image = images.find(name)
-        declared = tuple(int(number(r[s], s)) for s in ("width", "height")) if r.get("width") and r.get("height") else None
-        width, height = images.size(image, declared)
+        sided = r.get("width") and r.get("height")
+        width, height = images.size(image, tuple(int(number(r[s], s)) for s in ("width", "height")) if sided else None)
         mask = r.get("mask") and width and coco_runs(parse_json(text_field(r, "mask")), width, height)
+        polygon = r.get("polygon") and numbers(r["polygon"], ["polygon"] * 8)
         return dict(image=image and str(image), image_id=text_of(r.get("image_id") or name, "image_id"),
                     expression_id=text_of(r.get("expression_id") or f"{path.stem}:{at}", "expression_id"),
                     expression=MARKS.sub("", question.split("describes:")[-1]).strip(),
                     box=in_pixels(one_box(answer), frame or images.frame, width, height), width=width, height=height,
-                    category=r.get("category"), polygon=r.get("polygon") and in_pixels(numbers(r["polygon"], ["polygon"] * 8), images.frame, width, height),
+                    category=r.get("category"), polygon=polygon and in_pixels(polygon, images.frame, width, height),
                     mask=mask or None, source=r.get("source") or "jsonl",
-                    objects=read_objects(r.get("objects")) if "expression" in r else None, hops=read_hops(r.get("hops")), **({"split": r["split"]} if r.get("split") else {}))
+                    objects=read_objects(r.get("objects")) if "expression" in r else None, hops=read_hops(r.get("hops")),
+                    **({"split": r["split"]} if r.get("split") else {}))
     return collect(json_questions(path), path.name, row)
 
 # %% ../nbs/02b_files.ipynb #3ae2b9c9
@@ -840,9 +867,11 @@ def coco_runs(found, width: int, height: int) -> str | None:
 
 def polygon_points(polygon, width: int, height: int) -> list:
     "The numbers of one polygon [x1, y1, x2, y2, ...]. Raises Defect."
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2: raise Defect("bad mask", "a polygon needs three points or more")
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise Defect("bad mask", "a polygon needs three points or more")
     points = numbers(polygon, ["polygon"] * len(polygon))
-    if max(map(abs, points)) > 2 * max(width, height): raise Defect("bad mask", f"a polygon leaves the image {width}x{height} by far")
+    if max(map(abs, points)) > 2 * max(width, height):
+        raise Defect("bad mask", f"a polygon leaves the image {width}x{height} by far")
     return points
 
 def polygon_mask(polygons: list, width: int, height: int) -> str:
@@ -857,7 +886,7 @@ def annotated_mask(found, width: int | None, height: int | None) -> tuple:
     try: return coco_runs(found, width, height), []
     except READ_ERRORS as e: odd = [Defect("bad mask", f"mask left out: {as_finding(e, '').message}")]
     good = []
-    for polygon in found if isinstance(found, list) else []:
+    for polygon in found if isinstance(found, list) and not isinstance(found[0], dict) else []:
         try: good.append(polygon_points(polygon, width, height))
         except Defect as e: odd = [Defect("bad mask", f"polygon left out: {e}")]
     try: return polygon_mask(good, width, height) if good else None, odd
@@ -878,8 +907,9 @@ def coco_row(a, pictures, names, images) -> dict:
     if picture is None: raise Defect("missing image", f"no image with id {quote(a['image_id'])}")
     name = text_field(picture, "file_name")
     image = images.find(name)
-    sides = [picture.get(s) for s in ("width", "height")]
-    width, height = images.size(image, None if None in sides else tuple(int(number(v, s)) for v, s in zip(sides, ("width", "height"))))
+    sides = [(picture.get(s), s) for s in ("width", "height")]
+    declared = None if any(v is None for v, _ in sides) else tuple(int(number(v, s)) for v, s in sides)
+    width, height = images.size(image, declared)
     frame = None if images.frame == "xywh" else images.frame  # COCO's own
     x, y, w, h = in_pixels(numbers(field(a, "bbox"), ("x", "y", "width", "height")), frame, width, height)
     mask, odd = annotated_mask(a.get("segmentation"), width, height)
@@ -888,22 +918,27 @@ def coco_row(a, pictures, names, images) -> dict:
                 mask=mask, odd=odd, doubtful="crowd" if a.get("iscrowd") else None)
 
 def usable_rows(rows: list) -> tuple:
-    "(rows, findings) without crowds, and without rows that say no more than what several objects of their image are called (`alike`): one finding for each image and name."
+    """(rows, findings) without crowds, and without rows that say no more than what several objects of their image are
+    called (`alike`): one finding for each image and name."""
     kept, findings, groups = [], [], {}
     for r in rows:
         if r.get("doubtful") == "crowd":
             findings.append(Finding("crowd", "a crowd (iscrowd), not one object", r["file"], r["line"], r["where"]))
-        elif r.get("alike", 1) > 1: groups.setdefault((r["file"], r["image_id"], r["expression"]), []).append(r)
+        elif r.get("alike", 1) > 1:
+            groups.setdefault((r["file"], r["image_id"], r["expression"]), []).append(r)
         else: kept.append(r)
     for (file, image, said), same in groups.items():
-        findings.append(Finding("ambiguous", f"{same[0]['alike']} objects are called {said!r}", file, same[0]["line"], f"image {image}", rows=len(same)))
+        message = f"{same[0]['alike']} objects are called {said!r}"
+        findings.append(Finding("ambiguous", message, file, same[0]["line"], f"image {image}", rows=len(same)))
     return kept, findings
 
 def read_coco(path: Path, images: ImageFolder) -> tuple:
     "A COCO file. The expression is the annotation's expression, caption or description; without one, its category, if the image holds one of it."
     pictures, names, annotations = open_instances(path)
     if annotations and not any(isinstance(a, dict) and "bbox" in a for a in annotations): raise Defect("unreadable", "no annotation has a bbox")
-    def plain(v): return str(int(v)) if isinstance(v, float) and v.is_integer() else v if isinstance(v, str) else quote(v)
+    def plain(v):
+        if isinstance(v, float) and v.is_integer(): v = int(v)
+        return v if isinstance(v, str) else quote(v)
     def called(a): return (plain(a.get("image_id")), plain(a.get("category_id"))) if isinstance(a, dict) else None
     counts = Counter(map(called, annotations))
     stem = path.parent.name if path.name == "_annotations.coco.json" else path.stem
@@ -971,8 +1006,9 @@ def read_voc(path: Path, images: ImageFolder) -> tuple:
     rows, findings = read_xml(path, images, text="name")
     objects = open_xml(path)[0].findall("object")
     counts = Counter(e.findtext("name") for e in objects)
-    def doubt(e): return next((word for word in ("difficult", "truncated") if (e.findtext(word) or "").strip() == "1"), None)
-    rows = [r and dict(r, expression=f"the {r['category']}", alike=counts[e.findtext("name")], doubtful=doubt(e)) for r, e in zip(rows, objects)]
+    def doubt(e): return next((w for w in ("difficult", "truncated") if (e.findtext(w) or "").strip() == "1"), None)
+    rows = [r and dict(r, expression=f"the {r['category']}", alike=counts[e.findtext("name")], doubtful=doubt(e))
+            for r, e in zip(rows, objects)]
     return rows, findings
 
 def splits_of_stems(root: Path) -> tuple:
@@ -1006,18 +1042,25 @@ def read_names(folder: Path) -> dict:
 LABELS = re.compile(r"labels|labelTxt.*|annfiles")  # a folder of label files; the images are in images/ beside it
 
 def image_beside(path: Path, images: ImageFolder) -> tuple:
-    "(image or None, its name without ending): what a label file is about, under images/ as the file under labels/. Raises Defect."
+    "(image or None, its place in images/): what a label file is about. Raises Defect."
     root = images.folders and images.folders[0]
-    inside = list(path.relative_to(root).parts if root and path.is_relative_to(root) else path.parts if root is None else [path.name])
+    inside = list(path.parts)
+    if root: inside = list(path.relative_to(root).parts) if path.is_relative_to(root) else [path.name]
     at = next((k for k in reversed(range(len(inside) - 1)) if LABELS.fullmatch(inside[k])), None)
     if at is not None: inside[at] = "images"
     stem = PurePosixPath(*inside).with_suffix("").as_posix()
     return find_stem(images, stem) if root else None, "/".join(inside)
 
+def image_fields(image: Path | None, images: ImageFolder, stem: str) -> dict:
+    "image and image_id of a row: the path from the dataset's folder, or the name of the label file."
+    if image is None: return dict(image=None, image_id=stem)
+    return dict(image=str(image), image_id=image.relative_to(images.folders[0]).as_posix())
+
 def yolo_shape(shares: list, width, height, masks: bool) -> dict:
-    "Box, polygon and mask of the numbers behind the class: centre and sides, four corners, or a polygon. Raises Defect."
+    "Box, polygon and mask of the numbers after the class: centre and sides, four corners, or a polygon. Raises Defect."
     if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
-        raise Defect("wrong fields", f"{len(shares)} numbers after the class: need 4 (box), 8 (four corners) or a polygon of three points or more")
+        raise Defect("wrong fields", f"{len(shares)} numbers after the class: need 4 (box), 8 (four corners) "
+                     "or a polygon of three points or more")
     values = numbers(shares, ["x", "y", "width", "height"] if len(shares) == 4 else ["polygon"] * len(shares))
     for v in values:
         if not 0 <= v <= 1.000001: raise Defect("over 1", f"{v:g} is outside 0-1")
@@ -1035,7 +1078,8 @@ def count_alike(rows: list, findings: list) -> tuple:
     return [r and dict(r, alike=counts[r["category"]]) for r in rows], findings
 
 def read_yolo(path: Path, images: ImageFolder) -> tuple:
-    "Lines `class x y width height` in shares of the image, centre first, or `class` and a polygon; names in classes.txt or data.yaml; the image is under images/ as the file under labels/. An empty file is an image without objects."
+    """Lines `class x y width height` in shares of the image, centre first, or `class` and a polygon; names in classes.txt
+    or data.yaml; the image is under images/ as the file under labels/. An empty file is an image without objects."""
     if not read_bytes(path).strip(): return [], []
     names, (image, inside) = class_names(path, images), image_beside(path, images)
     width, height = images.size(image) if image else (1, 1)
@@ -1044,28 +1088,32 @@ def read_yolo(path: Path, images: ImageFolder) -> tuple:
         kind, *shares = text.split()
         whole = re.fullmatch(r"([0-9]{1,6})(?:\.0*)?", kind)
         shape = yolo_shape(shares, width, height, image is not None)
-        if not whole or (names and not names.get(int(whole[1]))): raise Defect("wrong fields", f"no class {quote(kind)}")
+        if not whole or (names and not names.get(int(whole[1]))):
+            raise Defect("wrong fields", f"no class {quote(kind)}")
         category = names[int(whole[1])] if names else f"object of class {whole[1]}"
-        return dict(image=image and str(image), image_id=image.relative_to(images.folders[0]).as_posix() if image else path.stem, expression_id=f"{inside}:{line}",
-                    expression=f"the {category}", category=category, width=width, height=height, source="yolo", **shape)
+        return dict(image_fields(image, images, path.stem), expression_id=f"{inside}:{line}", expression=f"the {category}",
+                    category=category, width=width, height=height, source="yolo", **shape)
     rows, findings = count_alike(*collect(((k, "", (k, text)) for k, _, text in text_lines(path)), path.name, row))
     if names is None and images.folders: findings.append(Finding("no class names", "neither classes.txt nor data.yaml: objects are called by number", path.name, kept=True))
     return rows, findings
 
 # %% ../nbs/02b_files.ipynb #c60be2f5
 def read_dota(path: Path, images: ImageFolder) -> tuple:
-    "Lines `x1 y1 x2 y2 x3 y3 x4 y4 category difficult` in pixels, after lines `imagesource:` and `gsd:`; the image is under images/ as the file under labelTxt/."
+    """Lines `x1 y1 x2 y2 x3 y3 x4 y4 category difficult` in pixels, after lines `imagesource:` and `gsd:`; the image is
+    under images/ as the file under labelTxt/."""
     if not read_bytes(path).strip(): return [], []
-    lines = [(k, "", (k, text.split())) for k, _, text in text_lines(path) if not re.match(r"(imagesource|gsd)\s*:", text, re.I)]
+    head = re.compile(r"(imagesource|gsd)\s*:", re.I)
+    lines = [(k, "", (k, text.split())) for k, _, text in text_lines(path) if not head.match(text)]
     image, inside = image_beside(path, images)
     width, height = images.size(image)
     def row(item):
         line, words = item
-        if len(words) not in (9, 10): raise Defect("wrong fields", f"{len(words)} fields, need 9 or 10: four corners, category, difficult")
+        if len(words) not in (9, 10):
+            raise Defect("wrong fields", f"{len(words)} fields, need 9 or 10: four corners, category, difficult")
         polygon = numbers(words[:8], ["polygon"] * 8)
-        return dict(image=image and str(image), image_id=image.relative_to(images.folders[0]).as_posix() if image else path.stem, expression_id=f"{inside}:{line}",
-                    expression=f"the {words[8]}", category=words[8], box=around(polygon), polygon=polygon,
-                    width=width, height=height, source="dota", doubtful="difficult" if words[9:] not in ([], ["0"]) else None)
+        return dict(image_fields(image, images, path.stem), expression_id=f"{inside}:{line}", expression=f"the {words[8]}",
+                    category=words[8], box=around(polygon), polygon=polygon, width=width, height=height, source="dota",
+                    doubtful="difficult" if words[9:] not in ([], ["0"]) else None)
     return count_alike(*collect(lines, path.name, row))
 
 # %% ../nbs/02b_files.ipynb #19f4577c
@@ -1075,7 +1123,16 @@ class Layout(NamedTuple):
     files: dict     # split -> patterns of annotation files, a file counts for the first that fits; split "" if the rows or other files say it
     images: tuple   # those of these folders that exist
 
-FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # as exports call the folder of a split
+COCO_FILES = ("annotations/instances*.json", "instances*.json", "annotations/annotations.json", "annotations.json",
+              "result.json", "_annotations.coco.json")  # of exports that name no split
+YEARS = ("train2017", "val2017", "test2017")
+COCO_IMAGES = ("images", *(f"images/{n}" for n in ("train", "val", "test", "default", *YEARS)), "JPEGImages", *YEARS,
+               "train", "valid", "val", "test", ".")
+
+def by_split(*patterns, rest=()) -> dict:
+    "Split -> patterns with {n} filled in as exports call a split, and those for files that name none."
+    names = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+    return {**{s: tuple(p.replace("{n}", n) for n in several for p in patterns) for s, several in names.items()}, "": rest}
 
 LAYOUTS = {
     "dior_rsvg": Layout(read_dior_rsvg, {"": ("Annotations/*.xml",)}, ("JPEGImages", "Image", "Images")),
@@ -1085,16 +1142,18 @@ LAYOUTS = {
     "refgeo": Layout(read_refgeo, {s: (f"metainfo/*_{s}.jsonl",) for s in SPLITS}, ("images",)),
     "refer": Layout(read_refer, {"": ("refs(*).p", "*/refs(*).p")}, ("images/rrsisd/JPEGImages", "images", "JPEGImages")),
     "phrases": Layout(read_phrases, {s: (f"output_phrase_{s}.txt",) for s in SPLITS}, ("images",)),
-    "yolo": Layout(read_yolo, {**{s: tuple(p for n in names for p in (f"labels/{n}/*.txt", f"{n}/labels/*.txt")) for s, names in FOLDERS.items()}, "": ("labels/*.txt",)}, (".",)),
-    "dota": Layout(read_dota, {**{s: tuple(p for n in names for p in (f"{n}/labelTxt*/*.txt", f"labelTxt/{n}/*.txt", f"{n}/annfiles/*.txt")) for s, names in FOLDERS.items()}, "": ("labelTxt*/*.txt", "annfiles/*.txt")}, (".",)),
-    "coco": Layout(read_coco, {**{s: (f"annotations/instances*{s}*.json", f"annotations/{s}*.json", f"{s}.json", *(f"{n}/_annotations.coco.json" for n in names)) for s, names in FOLDERS.items()},
-                               "": ("annotations/instances*.json", "instances*.json", "annotations/annotations.json", "annotations.json", "result.json", "_annotations.coco.json")},
-                   ("images", *(f"images/{n}" for n in ("train", "val", "test", "default", "train2017", "val2017", "test2017")), "JPEGImages", "train2017", "val2017", "test2017", "train", "valid", "val", "test", ".")),
-    "jsonl": Layout(read_jsonl, {**{s: tuple(f"{p}.{e}" for p in (s, f"*_{s}", f"{s}_*") for e in ("jsonl", "json")) for s in SPLITS},
-                                 "": tuple(f"{n}.{e}" for n in ("data", "dataset", "annotations") for e in ("jsonl", "json"))}, (".", "images")),
-    "voc": Layout(read_voc, {**{s: tuple(f"{n}/*.xml" for n in names) for s, names in FOLDERS.items()}, "": ("Annotations/*.xml", "Annotations/Horizontal Bounding Boxes/*.xml")},
+    "yolo": Layout(read_yolo, by_split("labels/{n}/*.txt", "{n}/labels/*.txt", rest=("labels/*.txt",)), (".",)),
+    "dota": Layout(read_dota, by_split("{n}/labelTxt*/*.txt", "labelTxt/{n}/*.txt", "{n}/annfiles/*.txt",
+                                       rest=("labelTxt*/*.txt", "annfiles/*.txt")), (".",)),
+    "coco": Layout(read_coco, by_split("annotations/instances*{n}*.json", "annotations/{n}*.json", "{n}.json",
+                                       "{n}/_annotations.coco.json", rest=COCO_FILES), COCO_IMAGES),
+    "jsonl": Layout(read_jsonl, by_split(*(f"{p}.{e}" for p in ("{n}", "*_{n}", "{n}_*") for e in ("jsonl", "json")),
+                                         rest=tuple(f"{n}.{e}" for n in ("data", "dataset", "annotations")
+                                                    for e in ("jsonl", "json"))), (".", "images")),
+    "voc": Layout(read_voc, by_split("{n}/*.xml", rest=("Annotations/*.xml", "Annotations/Horizontal Bounding Boxes/*.xml")),
                   ("JPEGImages", "images", "JPEGImages-trainval", "JPEGImages-test", "train", "valid", "val", "test")),
-    "voc_turned": Layout(read_voc, {"": ("Annotations/Oriented Bounding Boxes/*.xml",)}, ("JPEGImages", "JPEGImages-trainval", "JPEGImages-test")),
+    "voc_turned": Layout(read_voc, {"": ("Annotations/Oriented Bounding Boxes/*.xml",)},
+                         ("JPEGImages", "JPEGImages-trainval", "JPEGImages-test")),
 }
 
 def files_of(root: Path, layout: Layout) -> list:
@@ -1198,20 +1257,24 @@ def read_rows(
     if frame not in (None, *FRAMES): raise ValueError(f"unknown frame {frame!r}: use one of {', '.join(FRAMES)}")
     if images and not os.path.isdir(images): raise ValueError(f"{images} is not a folder of images")
     guessed, (format, others) = format is None, chosen_format(path, format)
-    if frame and format not in FRAMED: raise ValueError(f"format {format} has a frame of its own: --frame is for {', '.join(FRAMED)}")
-    layout, root, name = LAYOUTS[format], path if path.is_dir() else path.parent, path.name if path.is_file() else path.resolve().name
+    if frame and format not in FRAMED:
+        raise ValueError(f"format {format} has a frame of its own: --frame is for {', '.join(FRAMED)}")
+    layout, root = LAYOUTS[format], path if path.is_dir() else path.parent
+    name = path.name if path.is_file() else path.resolve().name
     files = chosen_files(path, format, guessed)
     folders = [Path(images)] if images else [root / f for f in layout.images if (root / f).is_dir()] if path.is_dir() else []
     known, findings = ImageFolder(folders or None, probe, frame), []
     if path.is_dir() and not folders: findings.append(Finding("missing image", f"no image folder ({' or '.join(layout.images)}): images were not looked for", name, kept=True))
     findings += [Finding("other layout", f"the folder also looks like {n}, which was not read: use --format {n}", name, kept=True) for n in others]
-    if format == "dior_rsvg": rows, found = read_dior_rsvg(path, known) if path.is_dir() else read_files(files, root, read_xml, known)
-    else: rows, found = read_files(files, root, layout.read, known)
+    if format == "dior_rsvg" and path.is_dir(): rows, found = read_dior_rsvg(path, known)
+    else: rows, found = read_files(files, root, read_xml if format == "dior_rsvg" else layout.read, known)
     odd = frame_findings(rows, found, name, format) if frame is None else []
-    for needed, step in ((not detections, usable_rows), (layout.read is read_voc and path.is_dir(), lambda r: deal_out(r, path))):
-        if needed:
-            rows, left = step(rows)
-            odd += left
+    if not detections:
+        rows, left = usable_rows(rows)
+        odd += left
+    if layout.read is read_voc and path.is_dir():
+        rows, left = deal_out(rows, path)
+        odd += left
     if not probe: findings += look_at_some(rows)
     if not rows and not found + odd: findings.append(Finding("empty", "no row in it", name, kept=True))
     return format, rows, findings + found + odd
@@ -1230,7 +1293,7 @@ def read_files(files, root, read, images) -> tuple:
     return rows, findings
 
 def look_at_some(rows: list, count: int = 20) -> list:
-    "Findings about the headers of some pictures: a size other than declared, a turn by EXIF, a file that is none. The doctor looks at all."
+    "Findings about some pictures' headers: another size than declared, a turn by EXIF. The doctor looks at all."
     first, findings = {r["image"]: r for r in reversed(rows) if r["image"]}, []
     for r in list(first.values())[::max(1, len(first) // count)][:count]:
         path, declared = Path(r["image"]), (r["width"], r["height"])
@@ -1249,8 +1312,11 @@ def not_read(path: Path) -> str:
     try: entries = sorted(path.iterdir()) if path.is_dir() else []
     except OSError as e: return f"{path} cannot be listed ({e.strerror})"
     pictures, packed = ([p for p in entries if p.suffix.lower() in kinds] for kinds in (PICTURE_ENDINGS, ARCHIVES))
-    hint = next((f" (but the folder {quote(p.name)} in it looks like {found[0]})" for p in entries[:100] if p.is_dir() and (found := formats_of(p))), "")
-    hint = hint or next((f" (but the file {quote(p.name)} in it looks like {found}: name it)" for p in entries[:100] if p.suffix != ".txt" and (found := guess_file(p))), "")
-    if pictures and not hint: return f"{path} holds {len(pictures)} pictures and no annotations: a dataset needs a file with expressions and boxes"
+    folders = ((p, formats_of(p)) for p in entries[:100] if p.is_dir())
+    files = ((p, guess_file(p)) for p in entries[:100] if p.suffix != ".txt")
+    hint = next((f" (but the folder {quote(p.name)} in it looks like {found[0]})" for p, found in folders if found), "")
+    hint = hint or next((f" (but the file {quote(p.name)} in it looks like {found}: name it)" for p, found in files if found), "")
+    if pictures and not hint:
+        return f"{path} holds {len(pictures)} pictures and no annotations: a dataset needs a file with expressions and boxes"
     if packed and not hint: hint = f" (it holds the archive {quote(packed[0].name)}: unpack it)"
     return f"{path} is in none of the known layouts: {', '.join(LAYOUTS)}{hint}"

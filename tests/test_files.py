@@ -564,7 +564,8 @@ SHAPES = {
     "query and response": dict(images=["a.jpg"], query=ASK, response=ANSWER),
     "prompt and completion": dict(image="a.jpg", prompt=[dict(role="user", content=ASK)], completion=[dict(role="assistant", content=ANSWER)]),
     "image_path": dict(image_path="a.jpg", question="the red pad", answer=ANSWER),
-    "the same box twice": dict(image="a.jpg", conversations=said("At [10, 20, 30, 25]: <answer>[10, 20, 30, 25]</answer>")),
+    "another box outside the answer": dict(image="a.jpg", conversations=said("Not [1, 2, 3, 4]: <answer>[10, 20, 30, 25]</answer>")),
+    "the same box twice": dict(image="a.jpg", conversations=said("[10, 20, 30, 25], that is (10, 20), (30, 25)")),
 }
 REFUSED = {
     "two in a list": (dict(image="a.jpg", problem="x", solution=[BOX, OTHER]), "more than one box"),

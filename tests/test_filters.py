@@ -1,19 +1,27 @@
-"""Filters of chains of thought: form, coordinates, claims, leaks; measured on texts written by people who did not know the filters. The planted defects are measured in the notebook, which CI executes."""
+"""Filters of chains of thought: the fields of a Thought with one planted defect each, the plain filters of free text on texts of other authors."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import lines_run
 from hypothesis import example, given, settings, strategies as st
+from PIL import Image
+from planting import PLANTED, judged, planted, scores
 
+from rsground_nb import filters, scenes
 from rsground_nb.boxes import Codec
+from rsground_nb.cot import Candidate, Cue, Step, Target, make_thought, render, rule_drafts
+from rsground_nb.data import to_dataset
 from rsground_nb.filters import CODES, Fault, find_faults, take_apart, verdict
 from rsground_nb.rewards import format_score
+from rsground_nb.scenes import scene_records
 
 GRID, PIXELS = Codec("qwen3_vl"), Codec("qwen2_5_vl", max_pixels=112 * 112)
-OBJECTS = [dict(category="vehicle", colour="white", box=[100, 100, 140, 120]), dict(category="vehicle", colour="red", box=[600, 110, 640, 140]),
-           dict(category="bus", colour="blue", box=[400, 400, 500, 430]), dict(category="ship", colour="black", box=[100, 500, 160, 540])]
-ROW = dict(expression="the white minibus left of the bus", box=(100, 100, 140, 120), width=800, height=600, category="vehicle", objects=None)
+OBJECTS = [dict(category="vehicle", colour="white", box=[100.0, 100, 140, 120]), dict(category="vehicle", colour="red", box=[600.0, 110, 640, 140]),
+           dict(category="bus", colour="blue", box=[400.0, 400, 500, 430]), dict(category="ship", colour="black", box=[100.0, 500, 160, 540])]
+ROW = dict(expression="the white minibus left of the bus", box=[100.0, 100, 140, 120], width=800, height=600, category="vehicle", objects=None)
 KNOWN = dict(ROW, objects=OBJECTS)
 END = "</think><answer>[125, 167, 175, 200]</answer>"
 
@@ -21,77 +29,191 @@ END = "</think><answer>[125, 167, 175, 200]</answer>"
 def codes(thought, row=ROW): return [f.code for f in find_faults(f"<think>{thought}{END}", row, GRID)]
 
 
-def test_precedence_is_the_order_of_the_codes():
-    faults = find_faults("<think>I was told that the ship is at the bottom.</think><answer>[900, 900, 1200, 950]</answer>", ROW, GRID)
-    assert [f.code for f in faults] == sorted([f.code for f in faults], key=list(CODES).index)
-    assert verdict(faults) == "missing_step" and {"outside", "wrong_box", "leak"} <= {f.code for f in faults}
-    assert verdict([]) == "ok" and Fault("leak", "x").what == "x"
+# planted defects
+
+@pytest.fixture(scope="module")
+def rows():
+    """260 scenes of three styles, a third of each number of hops; nothing is drawn. `benchmark_chains.py` takes 2,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "draw_scene", lambda scene, rng: Image.new("RGB", (2, 2)))
+        return [{k: v for k, v in r.items() if k != "image"} for style, count in (("simple", 200), ("aerial", 15), ("other", 45))
+                for r in scene_records(count, 7, 112, style=style, hops=(1, 2, 3))]
 
 
-# whose claim is it?
+@pytest.mark.parametrize("codec", [GRID, PIXELS], ids=lambda c: c.name)
+def test_every_thought_of_the_rule_teacher_is_kept(rows, codec):
+    drafts = rule_drafts(to_dataset(rows), codec)
+    bad = [(r["expression"], d.completion, f) for r, d in zip(rows, drafts) for f in [find_faults(d.completion, r, codec, thought=d.thought)] if f or d.trouble]
+    assert not bad, bad[:2]
+
+
+@pytest.fixture(scope="module")
+def chains(rows): return list(planted(rows, GRID, np.random.default_rng(0)))
+
+
+def measured(chains):
+    found = [verdict(find_faults(text, row, GRID, thought=thought)) for _, row, text, thought in chains]
+    return scores([c[0] for c in chains], found)
+
+
+def test_planted_defects_are_found_and_called_by_their_name(chains):
+    table = measured(chains)
+    assert set(table) == {"ok", *CODES} == set(PLANTED) and min(n for n, *_ in table.values()) >= 15
+    assert {name: v for name, v in table.items() if min(v[2:]) < 0.99} == {}
+
+
+@pytest.mark.parametrize("code, check", [("wrong_candidate", "candidate_faults"), ("missing_candidate", "missing_faults"), ("wrong_anchor", "anchor_faults"), ("wrong_outcome", "outcome_faults"),
+                                         ("wrong_decision", "decision_faults"), ("misread", "misread_faults"), ("leak", "leak_faults"), ("wrong_box", "box_faults"), ("wrong_frame", "box_faults"), ("outside", "box_faults")])
+def test_without_its_check_a_defect_is_not_found(chains, monkeypatch, code, check):
+    """The same planted set with one check removed: its class is lost, so the check is what finds it."""
+    mine = [c for c in chains if c[0] == code]
+    monkeypatch.setattr(filters, "CHECKS", tuple(c for c in filters.CHECKS if c.__name__ != check))
+    monkeypatch.setattr(filters, check, lambda *args: [])
+    if code == "misread": monkeypatch.setattr(filters, "unsaid", lambda *args, **more: [])
+    assert measured(mine)[code][2] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_seeds_and_a_student_of_pixels_give_the_same(seed, monkeypatch):
+    monkeypatch.setattr(scenes, "draw_scene", lambda scene, rng: Image.new("RGB", (2, 2)))
+    truth, found, wrong = judged(list(scene_records(39, 20 + seed, style=("simple", "aerial", "other")[seed], hops=(1, 2, 3))), PIXELS, np.random.default_rng(seed))
+    assert wrong == []
+
+
+def test_faults_come_in_the_order_in_which_a_thought_is_told():
+    row = dict(KNOWN, expression="the white vehicle left of the bus")
+    thought = make_thought(row, GRID)
+    assert [len(step.candidates) for step in thought.steps] == [1, 1] and find_faults(render(thought, GRID, 800, 600), row, GRID, thought=thought) == []
+    thought.target.attributes.append("striped")
+    thought.steps[0].candidates[0].colour = "red"
+    thought.steps[1].left = []
+    faults = find_faults("<think>As the given box shows. </think><answer>[900, 900, 1200, 950]</answer>", row, GRID, thought=thought)
+    assert [f.code for f in faults] == ["outside", "wrong_box", "leak", "misread", "wrong_candidate", "wrong_outcome", "wrong_decision"]
+    assert "steps[0].candidates[0]: it is blue" in faults[4].what and verdict(faults) == "outside" and verdict([]) == "ok" and Fault("leak", "x").what == "x"
+
+
+# sibling defects that are not planted
+
+def thought_of(row): return make_thought(row, GRID)
+
+
+def verdict_of(thought, row): return verdict(find_faults(render(thought, GRID, row["width"], row["height"]), row, GRID, thought=thought))
+
+
+SHIPS = [dict(category="ship", colour=c, box=[float(x), 100.0, x + 60.0, 130.0]) for c, x in (("red", 100), ("blue", 350), ("red", 650))]
+PLAIN = dict(expression="the leftmost ship", box=SHIPS[0]["box"], width=800, height=600, category="ship", objects=SHIPS, expression_id="a")
+
+
+def change(row=PLAIN, **fields):
+    """The rule teacher's Thought with fields of its last step replaced."""
+    thought = thought_of(row)
+    thought.steps[-1] = replace(thought.steps[-1], **fields)
+    return verdict_of(thought, row)
+
+
+def test_a_candidate_may_be_named_once_only():
+    twice = [*thought_of(PLAIN).steps[0].candidates, Candidate("ship", "red", SHIPS[0]["box"])]
+    assert change(candidates=twice) == "wrong_candidate"
+
+
+def test_two_equal_objects_are_two_candidates():
+    row = dict(PLAIN, objects=[*SHIPS, dict(SHIPS[2])])
+    assert verdict_of(thought_of(row), row) == "ok" and change(row, candidates=thought_of(PLAIN).steps[0].candidates) == "missing_candidate"
+
+
+def test_a_small_shift_of_a_candidate_is_no_lie_and_a_large_one_is():
+    for shift, code in ((5.0, "ok"), (45.0, "wrong_candidate")):
+        moved = [Candidate("ship", "blue", [350 + shift, 100.0, 410 + shift, 130.0]) if c.colour == "blue" else c for c in thought_of(PLAIN).steps[0].candidates]
+        assert change(candidates=moved) == code
+
+
+def test_a_colour_that_the_annotation_does_not_know_is_not_refuted():
+    row = dict(PLAIN, objects=[{**o, "colour": None} for o in SHIPS])
+    painted = [replace(c, colour="green") for c in thought_of(row).steps[0].candidates]
+    assert change(row, candidates=painted) == "ok" and change(candidates=painted) == "wrong_candidate"
+
+
+def test_a_step_that_looks_for_something_else_is_misread_or_wrong():
+    assert change(find=Target("ship", ["blue"])) == "misread"
+    assert change(dict(PLAIN, expression="the leftmost red ship"), find=Target("ship", [])) == "missing_candidate"
+
+
+@pytest.mark.parametrize("words, code", [("rightmost", "misread"), ("second from left", "misread"), ("left of", "misread")])
+def test_a_step_may_only_use_a_cue_of_the_sentence(words, code):
+    assert change(cue=Cue("relation" if words.endswith("of") else "order", words)) == code
+
+
+def test_other_words_for_the_same_cue_are_fine():
+    row = dict(KNOWN, expression="the white vehicle to the left of the bus")
+    thought = thought_of(row)
+    for words in ("left of", "to the left of", "to the left of it"):
+        thought.steps[-1].cue.words = words
+        assert verdict_of(thought, row) == "ok"
+
+
+def test_what_is_too_close_to_say_may_be_left_or_not():
+    row = dict(PLAIN, expression="the largest ship")
+    thought = thought_of(row)
+    assert thought.steps[0].left == [0] and verdict_of(thought, row) == "ok"
+    thought.steps[0].left = [0, 1]
+    assert verdict_of(thought, row) == "wrong_decision"
+
+
+def test_nothing_may_be_claimed_where_the_objects_are_not_known_and_something_must_be_where_they_are():
+    thought = thought_of(PLAIN)
+    assert verdict_of(thought, dict(PLAIN, objects=None)) == "wrong_candidate"
+    assert verdict_of(replace(thought, steps=[], decision=None), PLAIN) == "missing_candidate"
+    assert verdict_of(replace(thought, steps=[], decision=None), dict(PLAIN, objects=None)) == "ok"
+
+
+def test_boxes_in_the_frame_of_the_student_are_a_wrong_frame():
+    row = dict(PLAIN, width=400, height=300, box=[100.0, 100, 160, 130], objects=SHIPS[:1])
+    assert verdict_of(replace(thought_of(row), box=[250.0, 333.0, 400.0, 433.0]), row) == "wrong_frame"
+
+
+def test_a_step_whose_candidates_are_what_an_earlier_step_left():
+    row = dict(PLAIN, expression="the largest ship left of the rightmost ship", objects=[*SHIPS, dict(category="ship", colour="white", box=[200.0, 300, 210, 310])])
+    thought = thought_of(row)
+    assert [len(s.candidates) for s in thought.steps] == [4, 4, 3] and thought.steps[2].candidates == [thought.steps[1].candidates[k] for k in thought.steps[1].left]
+    del thought.steps[2].candidates[1]
+    assert verdict_of(thought, row) in ("missing_candidate", "wrong_outcome")
+
+
+def test_no_thought_raises():
+    """Fields that fit together, but not the row."""
+    other = dict(PLAIN, expression="the bus", category="bus", objects=[dict(category="bus", colour=None, box=[1.0, 2, 3, 4])])
+    for row in (other, dict(other, objects=[]), dict(PLAIN, expression=""), dict(PLAIN, category=None), dict(PLAIN, expression="北京的桥")):
+        assert verdict_of(thought_of(PLAIN), row) != "ok" or row["category"] is None
+    odd = Step(Target("ship", []), Cue("relation", "between"), [], [], [])
+    assert verdict_of(replace(thought_of(PLAIN), steps=[odd, *thought_of(PLAIN).steps]), PLAIN) == "misread"
+
+
+# free text
 
 @pytest.mark.parametrize("row", [ROW, KNOWN], ids=["objects unknown", "objects known"])
 @pytest.mark.parametrize("thought", """The bus is at the bottom; the minibus lies left of it. The minibus is at (150, 183).
-The minibus stands at the left side of the image, at (150, 183). The bus is at (562, 692).
-Neither the right side nor the bottom has a minibus. It is at (150, 183), top left.
-Starting from the right edge and moving left, I reach the minibus in the upper left, (150, 183).
-The minibus is in the top left. Its left edge is at x=125 and its right edge at x=175, top 167, bottom 200. So the centre is (150, 183).
-The minibus is in the top left. The left edge is at x = 125, the right edge is at x = 175, the top edge at y = 167 and the bottom edge at y = 200.
-The minibus is in the top left, with the top-left corner near (125, 167) and the bottom-right corner near (175, 200).
-The minibus, top left, is lighter at its bottom; the right part is in shadow. Centre (150, 183).
-The bus is further to the right and closer to the bottom. The minibus is in the top left at (150, 183).
-I first check the bottom right; no minibus there. In the top left I find it: (150, 183).
-The minibus at (150, 183) is in the top left and the bus, at (562, 692), is in the lower right, so the relation left of holds.
-The bus, a long blue shape in the lower right, is to the right of the minibus, which is in the top left at (150, 183).
-Right of the minibus is the bus. The minibus is at (150, 183), top left.
+The minibus is at the bottom, around (150, 183). There are three vehicles.
 Given the size of the minibus, the box I answer with is small; it stands top left, at (150, 183), and the label on its roof cannot be read.""".split("\n"))
-def test_honest_prose_is_kept(thought, row): assert codes(thought, row) == []
+def test_no_claim_of_free_text_is_judged(thought, row): assert codes(thought, row) == []
 
 
-@pytest.mark.parametrize("row", [ROW, KNOWN], ids=["objects unknown", "objects known"])
-@pytest.mark.parametrize("thought", """The minibus is at the bottom, around (150, 183).
-At (150, 183), in the bottom right, stands the minibus.
-The bus is at the bottom, and the minibus is at the right edge of the image, (150, 183).
-The lower right corner holds the minibus, centred at (150, 183).
-I look at the bottom right. The minibus is at (150, 183).
-Looking toward the bottom right corner of the image, I see the white minibus at (150, 183).""".split("\n"))
-def test_a_false_position_of_the_target_is_a_contradiction(thought, row): assert codes(thought, row) == ["contradiction"]
+def test_free_text_that_gives_itself_away_is_dropped(): assert codes("As annotated, the minibus is here.") == ["leak"]
 
-
-@pytest.mark.parametrize("thought", """The minibus at (150, 183) is right of the bus. It is at the top left.
-The bus is left of the minibus. The minibus is at (150, 183), top left.
-Left of the bus I see the ship. The ship is above the minibus, which is in the top left at (150, 183).
-The bus, at (100, 100), is near. The minibus is in the top left, (150, 183).
-There are three vehicles in the image. The minibus is in the top left, (150, 183).
-The bus is in the top right. The minibus is in the top left, (150, 183).
-The image shows only one vehicle, the minibus at (150, 183), top left.
-The minibus is the rightmost vehicle, in the top left at (150, 183).
-There is no bus. The minibus is in the top left at (150, 183).""".split("\n"))
-def test_other_claims_need_a_list_of_objects(thought): assert codes(thought, KNOWN) == ["contradiction"] and codes(thought, ROW) == []
-
-
-def test_what_the_expression_says_is_not_held_against_the_chain():
-    loose = dict(ROW, expression="the minibus at the bottom")
-    assert codes("The minibus at the bottom is the target: top left, near (150, 183).", loose) == []
-    assert codes("The minibus is on the right, near (150, 183).", loose) == ["contradiction"]
-
-
-# strange texts
 
 BOX = "<answer>[125, 167, 175, 200]</answer>"
 
 @pytest.mark.parametrize("text, code", [
-    ("", "no_thought"), ("<think></think><answer></answer>", "no_thought"), (f"<think> \n </think>{BOX}", "no_thought"), (f"<think><think>the minibus, top left (150, 183)</think></think>{BOX}", "no_thought"),
-    (f"<THINK>the minibus, top left (150, 183)</THINK>{BOX}", "no_thought"), (f"<think>the minibus, top left (150, 183)</think>{BOX}{BOX}", "no_box"), (f"<think>the minibus, top left (150, 183)</think>{BOX} Done.", "no_box"),
-    ("<think>the minibus, top left (150, 183)", "no_box"), ("<think>the minibus, top left (150, 183)</think><answer>[nan, 1, 2, 3]</answer>", "no_box"), ("<think>the minibus, top left (150, 183)</think><answer>[1, 2, inf, 3]</answer>", "no_box"),
-    ("<think>the minibus, top left (150, 183)</think><answer>[١٢٥, ١٦٧, ١٧٥, ٢٠٠]</answer>", "no_box"), ("<think>the minibus, top left (150, 183)</think><answer>[125.4, 166.9, 175.0, 200.2]</answer>", "ok"),
-    ("<think>the minibus, top left (150, 183)</think><answer>[175, 200, 125, 167]</answer>", "outside"), ("<think>the minibus, top left (150, 183)</think><answer>[-125, 167, 175, 200]</answer>", "outside")])
+    ("", "no_thought"), ("<think></think><answer></answer>", "no_thought"), (f"<think> \n </think>{BOX}", "no_thought"), (f"<think><think>the minibus</think></think>{BOX}", "no_thought"),
+    (f"<THINK>the minibus</THINK>{BOX}", "no_thought"), (f"<think>the minibus</think>{BOX}{BOX}", "no_box"), (f"<think>the minibus</think>{BOX} Done.", "no_box"),
+    ("<think>the minibus, top left (150, 183)", "no_box"), ("<think>the minibus</think><answer>[nan, 1, 2, 3]</answer>", "no_box"), ("<think>the minibus</think><answer>[1, 2, inf, 3]</answer>", "no_box"),
+    ("<think>the minibus</think><answer>[١٢٥, ١٦٧, ١٧٥, ٢٠٠]</answer>", "no_box"), ("<think>the minibus</think><answer>[125.4, 166.9, 175.0, 200.2]</answer>", "ok"),
+    ("<think>the minibus</think><answer>[175, 200, 125, 167]</answer>", "outside"), ("<think>the minibus</think><answer>[-125, 167, 175, 200]</answer>", "outside")])
 def test_strange_texts(text, code): assert verdict(find_faults(text, ROW, GRID)) == code
 
 
-pieces = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1, 2, 3, 4]", "(150, 183)", "the minibus ", "it ", "left of ", "the bus ", "at the top left ", "is ", ". ", "which ", "its ", "two ", "İ", "x = 5 ", "NaN", "the leftmost ", "no other bus is larger "]), max_size=40).map("".join)
+pieces = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "[1, 2, 3, 4]", "(150, 183)", "the minibus ", "it ", "left of ", ". ", "İ", "x = 5 ", "NaN", "given "]), max_size=40).map("".join)
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(max_size=300), pieces, pieces.map(lambda t: f"<think>{t}{END}")), st.sampled_from([ROW, KNOWN, dict(KNOWN, category=None), dict(ROW, expression="", category=None)]), st.sampled_from([GRID, PIXELS]))
 @example("<think>it" + END, dict(KNOWN, objects=[]), GRID)
 def test_no_text_raises_and_what_is_kept_is_paid(text, row, codec):
@@ -107,36 +229,33 @@ def test_without_faults_of_form_the_format_reward_pays(text):
     if format_score(text): assert not faults
 
 
-@pytest.mark.parametrize("unit", ["the minibus at (1, 2) left of it ", "upper left of ", "x y ", "given the box ", "the ", "( ", "1", " ", "it is left of it, which is two "])
+@pytest.mark.parametrize("unit", ["the minibus at (1, 2) left of it ", "given the box ", "the ", "( ", "1", " "])
 def test_the_work_grows_with_the_length_not_its_square(unit):
     """Lines executed; what a pattern does inside is not counted, but it must come to its end."""
     def lines(length): return lines_run(lambda: find_faults(f"<think>{unit * (length // len(unit))}{END}", KNOWN, GRID))
     assert lines(40_000) < 6 * max(lines(10_000), 1000)  # 4 if linear, 16 if quadratic
 
 
-# measured
-
-def scores(truth, found):
-    "{verdict: (recall, precision)}"
-    return {name: tuple(sum(t == f == name for t, f in zip(truth, found)) / max(1, n) for n in (sum(t == name for t in truth), sum(f == name for f in found))) for name in ["ok", *CODES]}
-
+# texts of authors who did not know the filters
 
 BLIND = [json.loads(line) for line in (Path(__file__).parent / "blind_chains.jsonl").read_text(encoding="utf-8").splitlines()]
-
-MEASURED = {"dev": {}, "test": {"ok": (0.985, 0.884), "missing_step": (1.0, 0.894), "wrong_frame": (0.95, 1.0), "wrong_box": (0.941, 1.0), "leak": (0.857, 1.0), "contradiction": (0.666, 0.923)}}  # 1 and 1 where nothing is said
+PLAIN_CODES = ("no_thought", "no_box", "outside", "wrong_frame", "wrong_box", "leak")
+MEASURED = {"dev": {}, "test": {"ok": (1, 0.976), "leak": (0.857, 1)}}  # recall and precision; 1 and 1 where nothing is said
 
 @pytest.mark.parametrize("half", ["dev", "test"])
 def test_chains_of_another_author(half):
-    """Written without knowledge of the filters. Failures of the half `dev` were read and mended; of the half `test` only these numbers were looked at, four times by the first author of the filters and once by the second. The bars are what was measured."""
+    """What the plain filters claim. Of 454 chains, those whose defect is a missing step, a place elsewhere or a contradiction are kept now: free text is not held to its claims. Failures of the half `dev` were read, of `test` only the numbers."""
     lines = [x for x in BLIND if x["half"] == half]
     found = [verdict(find_faults(x["text"], x, Codec(x["codec"], max_pixels=x["max_pixels"]))) for x in lines]
-    measured = scores([x["defect"] for x in lines], found)
-    for name, now in measured.items(): assert all(m >= bar - 1e-3 for m, bar in zip(now, MEASURED[half].get(name, (1, 1)))), (name, now)
+    truth = [x["defect"] if x["defect"] in PLAIN_CODES else "ok" for x in lines]
+    table = {name: v[2:] for name, v in scores(truth, found).items()}
+    assert set(table) == {"ok", *PLAIN_CODES}
+    for name, now in table.items(): assert all(m >= bar - 1e-3 for m, bar in zip(now, MEASURED[half].get(name, (1, 1)))), (name, now)
 
 
 def test_sentences_written_before_the_patterns_were_read():
-    """120 leaks, 80 honest look-alikes, 60 contradictions and 60 true claims, each in a chain that is right otherwise. Their failures were read and mended: this holds what was won, and says nothing of new texts."""
+    """120 leaks and 140 honest texts, each in a chain that is right otherwise. Their failures were read and mended: this holds what was won, and says nothing of new texts."""
     sentences = json.loads((Path(__file__).parent / "claims.json").read_text(encoding="utf-8"))
-    truth, found = zip(*((x["defect"], verdict(find_faults(x["text"], sentences["scenes"][x["scene"]], Codec()))) for x in sentences["rows"]))
-    measured = scores(truth, found)
-    for name, bars in {"leak": (1, 1), "contradiction": (0.933, 0.982), "ok": (0.992, 0.972)}.items(): assert all(m >= bar - 1e-3 for m, bar in zip(measured[name], bars)), (name, measured[name])
+    lines = [x for x in sentences["rows"] if x["defect"] in ("leak", "ok")]
+    table = scores([x["defect"] for x in lines], [verdict(find_faults(x["text"], sentences["scenes"][x["scene"]], Codec())) for x in lines])
+    assert all(m >= bar - 1e-3 for name, bars in {"leak": (1, 1), "ok": (0.992, 0.972)}.items() for m, bar in zip(table[name][2:], bars)), table

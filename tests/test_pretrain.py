@@ -11,7 +11,7 @@ from PIL import Image
 import rsground_nb.pretrain as recipe
 from benchmark_learning import names as named_rows, referring
 from rsground_nb.boxes import parse_box
-from rsground_nb.cot import write_chain
+from rsground_nb.cot import rule_drafts
 from rsground_nb.data import to_dataset
 from rsground_nb.evaluate import largest_object, predict
 from rsground_nb.grammar import cues
@@ -165,11 +165,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 def test_nearly_every_word_of_the_chains_is_one_token():
     _, processor = load_tiny()
-    rows, codec, rng = to_dataset(list(scene_records(200, 1))), student_codec(), np.random.default_rng(0)
-    chains = [write_chain(row, codec, rng) for row in rows.remove_columns("image")]
+    rows, codec = to_dataset(list(scene_records(200, 1))), student_codec()
+    chains = [draft.completion for draft in rule_drafts(rows, codec)]
     words = {w for chain in chains for w in re.findall("[A-Za-z]+", re.sub("<[^>]*>", " ", chain))}
     whole = [w for w in words if len(processor.tokenizer.tokenize(" " + w)) == 1]
-    assert len(words) > 60 and len(whole) >= 0.95 * len(words), sorted(words - set(whole))
+    assert len(words) > 20 and len(whole) >= 0.95 * len(words), sorted(words - set(whole))
     assert all(len(processor.tokenizer.tokenize(" " + w)) == 1 for w in LEXICON if w.isalpha())
 
 

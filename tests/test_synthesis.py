@@ -28,7 +28,7 @@ def rows(): return to_dataset(list(scene_records(12, 0)))
 @pytest.fixture(scope="module")
 def mixed(rows):
     """One draft of each of several kinds: as written, without an answer, no reply, another box, betrayed."""
-    drafts = rule_drafts(rows, CODEC, 0)
+    drafts = rule_drafts(rows, CODEC)
     drafts[1] = replace(drafts[1], completion=drafts[1].completion.split("<answer>")[0])
     drafts[2] = Draft(trouble="HTTP 500 after 6 tries")
     drafts[3] = replace(drafts[3], completion=drafts[3].completion.replace("<think>", "<think>As the given box shows. "))
@@ -114,7 +114,7 @@ def test_an_interrupted_work_is_done_again_and_other_work_is_refused(rows, tmp_p
 
 def test_a_file_of_somebody_else_is_left_alone(rows, tmp_path):
     (tmp_path / "chains.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="without the slip"): make_chains(rows, CODEC, tmp_path)
+    with pytest.raises(ValueError, match="but not how it was made"): make_chains(rows, CODEC, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["chains.jsonl"] and (tmp_path / "chains.jsonl").read_text() == "mine"
 
 
@@ -167,7 +167,7 @@ def test_the_audit_page_stands_alone_shows_every_verdict_and_escapes_what_it_quo
 def test_two_thousand_scenes_are_all_kept(monkeypatch, codec):
     monkeypatch.setattr(scenes, "draw_scene", lambda scene, rng: Image.new("RGB", (2, 2)))  # the pictures are not looked at
     rows = to_dataset([r for style, count in (("simple", 1000), ("aerial", 600), ("other", 400)) for r in scenes.scene_records(count, 5, style=style, split=style)])
-    table = judge(rows, rule_drafts(rows, codec, 0), codec)
+    table = judge(rows, rule_drafts(rows, codec), codec)
     assert count_verdicts(table).rows.to_dict() == {v: 2000 * (v == "ok") for v in VERDICTS}, table[table.verdict != "ok"][["expression", "completion", "trouble", "faults"]].head(3).to_dict("records")
 
 
@@ -192,7 +192,7 @@ def test_the_command_writes_and_repeats_and_refuses(tmp_path, capsys):
     assert "commit" in page and "seed" in page and page.count('<div class="card">') == 2
     for more, message in ((["--seed", "1"], "holds another run"), (["--split", "dev"], "has no split 'dev'"), (["--teacher", "chat"], "needs --url and --model"),
                           (["--limit", "0"], "at least 1"), (["--student", "no/such/model"], "cannot be read here"), (["--scale", "big"], "unknown scale"), (["--data", "no/such"], "is not a folder"), (["--lowest-iou", "2"], "--lowest-iou 2.0 is outside"),
-                          (["--samples", "-1"], "--samples -1: at least 0"), (["--seed", "-1"], "--seed -1: at least 0"), (["--max-pixels", "0"], "--max-pixels 0: at least 1"), (["--budget", "9"], "are for --teacher chat"),
+                          (["--samples", "-1"], "--samples -1: at least 0"), (["--seed", "-1"], "--seed -1: at least 0"), (["--max-pixels", "0"], "--max-pixels 0: at least 3136"), (["--budget", "9"], "are for --teacher chat"),
                           (CHAT + ["--budget", "0"], "--budget 0: at least 1"), (CHAT + ["--settings", "{"], "--settings {"), (CHAT + ["--settings", '{"top_p": 1}'], "top_p"), (CHAT + ["--key-env", "sk-secret"], "not the key itself")):
         assert main([*words, *more]) == 2, more
         assert message in capsys.readouterr().err, more
@@ -201,7 +201,7 @@ def test_the_command_writes_and_repeats_and_refuses(tmp_path, capsys):
 
 
 def test_the_threshold_decides(rows):
-    drafts = rule_drafts(rows, CODEC, 0)
+    drafts = rule_drafts(rows, CODEC)
     moved = [replace(d, completion=re.sub(r"<answer>\[(\d+), (\d+), (\d+), (\d+)\]", lambda m: "<answer>[{}, {}, {}, {}]".format(int(m[1]) + 3, int(m[2]) + 3, m[3], m[4]), d.completion)) for d in drafts]
     strict, loose = (judge(rows, moved, CODEC, t).verdict.eq("wrong_box").sum() for t in (0.95, 0.05))
     assert strict > loose == 0
