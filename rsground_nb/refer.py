@@ -265,7 +265,7 @@ def write_rows(rows: list, folder: Path, options: dict, refused: Counter, sample
     (folder / "counts.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
     write_audit(rows, folder / "audit.html", about["refused"], samples, options["seed"])
 
-# %% ../nbs/03d_refer.ipynb #64964333
+# %% ../nbs/03d_refer.ipynb #1c9fe5ac
 def load_real_samples() -> Dataset:
     "40 real aerial crops with boxes and sentences, of the public domain (LICENSE.md). Never for training."
     return load_folder(str(files("rsground_nb") / "assets" / "real"))[0]["test"]
