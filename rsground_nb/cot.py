@@ -34,21 +34,21 @@ def has_area(box):
 # a box: x1, y1, x2, y2 in original pixels
 Place = Annotated[list[float], Field(min_length=4, max_length=4), AfterValidator(has_area)]
 
-@dataclass
+@dataclass(slots=True)
 class Target:
     "What is looked for."
     __pydantic_config__ = STRICT
     category: str
     attributes: list[str]
 
-@dataclass
+@dataclass(slots=True)
 class Cue:
     "What tells it from others, in the words of the sentence without articles."
     __pydantic_config__ = STRICT
     kind: Literal["name", "order", "relation", "position", "size"]
     words: str
 
-@dataclass
+@dataclass(slots=True)
 class Candidate:
     "An object that goes into a step."
     __pydantic_config__ = STRICT
@@ -56,7 +56,7 @@ class Candidate:
     colour: str | None
     box: Place
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     "One hop: the candidates, and what the cue leaves of them."
     __pydantic_config__ = STRICT
@@ -66,7 +66,7 @@ class Step:
     candidates: list[Candidate]
     left: list[int]              # of the candidates
 
-@dataclass
+@dataclass(slots=True)
 class Thought:
     "How a target is found; no steps and no decision where the other objects of the image are not known."
     __pydantic_config__ = STRICT
@@ -169,7 +169,6 @@ def stands(
     if all(lead > max(margin, off) for lead, margin, off in leads): return True
     return False if any(lead < -margin for lead, margin, _ in leads) else None
 
-# %% ../nbs/05_cot.ipynb #7d0a51c5
 def cell_words(position):
     "The position in the words of the scenes: 'top left' for 'upper left'."
     return position.replace("upper", "top").replace("lower", "bottom").replace("middle", "centre")
@@ -352,7 +351,6 @@ def solve(phrase, row, steps, goal=None):
         steps.append(Step(find, None, [], [Candidate(**o) for o in things], [*range(len(things))]))
     return things[0] if len(things) == 1 else None
 
-# %% ../nbs/05_cot.ipynb #06c1b506
 def make_thought(
     row: dict,     # expression, box, width, height; category and objects may be missing or None
     codec: Codec,  # of the student

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from conftest import lines_run
 from hypothesis import example, given, settings, strategies as st
+from PIL import Image
 
 from rsground_nb.data import load_folder
-from rsground_nb.grammar import (CELLS, LEXICON, ORDINALS, REGIONS, RELATIONS, Phrase, cues, direction, in_region, parse_expression, positions, region, split_words)
-from rsground_nb.scenes import RULES, SENTENCE, STYLES, cell_name, check_expression, expressions, make_scene, place_words
+from rsground_nb.grammar import (CELLS, HALVES, LEXICON, ORDINALS, REGIONS, RELATIONS, Phrase, cues, direction, hops, in_region, parse_expression, region,
+                                 split_words)
+
+from rsground_nb.scenes import RULES, SENTENCE, STYLES, cell_name, check_expression, expressions, make_scene, place_words, scene_records
+from rsground_nb.sentences import count_hops
 
 KINDS = ("order", "relation", "position", "size", "colour")
 
@@ -18,27 +22,15 @@ def parts(p): return p.target, p.attributes, p.size, p.order, p.position, tuple(
 # Drawn scenes -----------------------------------------------------------------------------------------------------------------------------------------------------
 
 def expected(text):
-    """What the pattern of chapter 02 reads in one of its own sentences."""
+    """What the pattern of chapter 01b reads in one of its own sentences."""
     said = SENTENCE.fullmatch(text).groupdict()
-    ends = ((1, {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}[said["pick"]]),) if said["pick"] in ("leftmost", "rightmost", "topmost", "bottommost") else ()
-    order = ((("second", "third", "fourth").index(said["ordinal"]) + 2, said["start"]),) if said["ordinal"] else ends
-    kind = {"left of": "left", "right of": "right"}.get(said["relation"], said["relation"])
-    return (said["category"], (said["colour"],) if said["colour"] else (), "" if ends else said["pick"] or "", order, CELLS.get(said["place"], said["place"]) or "", ((kind, (expected(said["anchor"]),)),) if kind else ())
-
-
-def chosen(p, things, side):
-    """The things that a Phrase means, by plain comparisons of centres and areas."""
-    fits = [t for t in things if t.category == p.target and set(p.attributes) <= {t.colour}]
-    if p.position: fits = [t for t in fits if CELLS.get(name := region(t.box, side, side), name) == p.position]
-    for r in p.relations:
-        (anchor,) = chosen(r.anchor, things, side)
-        axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[r.kind]
-        fits = [t for t in fits if sign * t.centre[axis] > sign * anchor.centre[axis]]
-    for k, start in p.order:
-        axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[start]
-        fits = sorted(fits, key=lambda t: sign * t.centre[axis])[k - 1:k]
-    if p.size: fits = sorted(fits, key=lambda t: t.area, reverse=p.size == "largest")[:1]
-    return fits
+    noun = said["category"] or said["plural"].removesuffix("s")
+    end = {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}.get(said["pick"] or said["end"]) or CELLS.get(said["corner"])
+    order = ((("second", "third", "fourth").index(said["ordinal"]) + 2, said["start"]),) if said["ordinal"] else ((1, end),) if end else ()
+    kind = {"left of": "left", "right of": "right", "nearest to": "near", "that is nearest to": "near"}.get(said["relation"], said["relation"])
+    position = CELLS.get(said["place"], said["place"]) or (f"{said['half']} half" if said["half"] else "")
+    size = "" if end else " ".join(w for w in (said["rank"], said["pick"]) if w)
+    return noun, (said["colour"],) if said["colour"] else (), size, order, position, ((kind, (expected(said["anchor"]),)),) if kind else ()
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,7 +40,7 @@ def test_every_sentence_of_a_scene_is_read_completely_and_means_its_object(seed,
     for text, thing, _ in expressions(scene, RULES):
         p = parse_expression(text)
         assert not p.unknown and parts(p) == expected(text) and p.number == 1 and p.text == text
-        assert thing in chosen(p, scene.things, scene.side) and check_expression(text, scene) == [thing]
+        assert check_expression(text, scene) == [thing] and hops(p) == count_hops(text, scene.categories)
 
 
 @pytest.mark.parametrize("column", (-1, 0, 1))
@@ -57,7 +49,7 @@ def test_the_ninths_of_the_scenes_have_one_name_everywhere(column, row):
     words, box = place_words(column, row), [100 * (column + 1) + 40, 100 * (row + 1) + 40] * 2
     name = CELLS.get(cell_name(column, row), cell_name(column, row))
     assert region(box, 300, 300) == cell_name(column, row) and parse_expression(f"the ship {words}").position == name
-    assert [p for p, _, _ in positions(f"I see it {words}. It is there.")] == [name] and in_region(name, box, 300, 300)
+    assert in_region(name, box, 300, 300)
 
 
 # By hand ----------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -156,11 +148,9 @@ TEXTS = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_siz
 @example("\x00\ud800 İ ß")
 def test_no_text_breaks_the_grammar(text):
     p, words = parse_expression(text), split_words(text)
-    assert isinstance(p, Phrase) and p.text == text and p.number >= 1 and (p.position == "" or p.position in REGIONS) and set(p.unknown) <= set(words)
+    assert isinstance(p, Phrase) and p.text == text and p.number >= 1 and (p.position == "" or p.position in REGIONS | HALVES) and set(p.unknown) <= set(words)
     assert all(k in KINDS and w and w == w.lower() for k, w in cues(text)) and all(r.anchors and r.words and r.anchor.target for r in p.relations)
-    assert all(k in (*ORDINALS.values(), 1) and (side == "" or side in REGIONS) for k, side in p.order)
-    spots = positions(text)
-    assert all(where in REGIONS and 0 <= start < end <= len(text) for where, start, end in spots) and all(a[2] <= b[1] for a, b in zip(spots, spots[1:]))
+    assert all(k in (*ORDINALS.values(), 1) and (side == "" or side in REGIONS | HALVES) for k, side in p.order)
 
 
 @settings(max_examples=100, deadline=None)
@@ -170,7 +160,7 @@ def test_case_spaces_and_a_full_stop_do_not_matter(words):
     assert all(parts(parse_expression(other)) == parts(plain) and parse_expression(other).unknown == plain.unknown for other in ("  ".join(words).upper(), f"\t{' '.join(words).title()}.\n"))
 
 
-@pytest.mark.parametrize("reading", (parse_expression, positions, cues))
+@pytest.mark.parametrize("reading", (parse_expression, cues))
 @pytest.mark.parametrize("text", ("the ", "on ", "very ", "side ", "left of ", "left of the bus ", "on the ", "and ", "a pond and ", "center of the ", "nearest to ", "from the left of the ", "zeppelin ", "second ", "of ", "- ", "x"))
 def test_work_grows_no_faster_than_the_text(reading, text):
     """Lines executed on n and on 2n repetitions."""
@@ -203,26 +193,36 @@ def test_slack_widens_and_an_unknown_position_is_named():
     with pytest.raises(ValueError, match="unknown position 'uphill': use some of upper left"): in_region("uphill", (0, 0, 1, 1), 2, 2)
 
 
-# Running text -----------------------------------------------------------------------------------------------------------------------------------------------------
+# Hops and halves
 
-RELATIVE = ("left of the bus", "right next to", "the second from the left", "leftmost", "is left", "to the left", "on its left", "on the right side of the bus", "to the upper left of the pond", "above the bus", "two are left",
-            "the left ship", "on the top of a building", "in the middle of the field", "its top left corner", "top-left corner (12, 40)", "near (12, 40)", "its center is near (12, 34)", "at center (50, 60)", "the top one",
-            "closest to the top left corner", "the right answer", "all right", "counted from the upper left", "the bottom court", "between the left and the right tank")
-
-
-@pytest.mark.parametrize("words", RELATIVE)
-def test_what_is_relative_or_counted_is_no_absolute_position(words): assert positions(words) == positions(f"The ship, {words}. Then I look.") == []
+HOPS = [("the red ship", 1), ("the plane", 1), ("the leftmost red ship", 1), ("the largest ship", 1), ("the ship in the top left", 1), ("the second red ship from the left", 1), ("the ship nearest to the top left corner", 1),
+        ("the leftmost of the three ships", 1), ("the ship left of the yellow tank", 2), ("the ship nearest to the red tank", 2), ("the ship left of the largest vehicle", 2), ("the second largest plane in the left half", 2),
+        ("the rightmost ship in the bottom half", 2), ("the plane above the vehicle that is nearest to the largest ship", 3), ("the ship left of the tank nearest to the plane", 3), ("the largest ship left of the red plane", 3),
+        ("the ship right of the largest tank in the left half", 3), ("the ship between the pond and the largest tank", 3)]
 
 
-@pytest.mark.parametrize("words, where", [
-    ("in the top left", "upper left"), ("in the upper-left part of the image", "upper left"), ("at the far right", "far right"), ("on the center of the bottom", "centre of the bottom"), ("in the middle", "middle"),
-    ("in the bottom-right corner", "lower right"), ("on the left", "left"), ("at the top", "top"), ("to the left of the image", "left"), ("near the right edge", "right"), ("in the center of the picture", "middle"),
-    ("the lower half", "bottom"), ("centre-right", "centre of the right"), ("on the left-hand side", "left"), ("in the left third", "left"), ("In The Top Left", "upper left"), ("in the central area", "middle"),
-    ("on the center of the far left", "centre of the far left"), ("at the bottom middle", "centre of the bottom"), ("top left", "upper left")])
-def test_absolute_positions_are_found_where_they_stand(words, where):
-    text = f"I see the ship left of a bus. It lies {words}, I think; is it the second from the left?"
-    (found,) = positions(text)
-    assert found[0] == where and words.endswith(text[found[1]:found[2]]) and text[found[1]:found[2]]
+@pytest.mark.parametrize("text, steps", HOPS)
+def test_hops_are_counted(text, steps): assert hops(parse_expression(text)) == steps
+
+
+def test_hops_of_drawn_scenes_are_those_of_the_sentence_rules(monkeypatch):
+    monkeypatch.setattr("rsground_nb.scenes.draw_scene", lambda scene, rng: Image.new("RGB", (2, 2)))
+    for row in scene_records(60, 1, hops=(1, 2, 3)): assert hops(parse_expression(row["expression"])) == row["hops"] and not parse_expression(row["expression"]).unknown, row["expression"]
+
+
+def test_that_is_nearest_to_belongs_to_the_noun_before():
+    (relation,) = parse_expression("the plane above the vehicle that is nearest to the largest ship").relations
+    assert relation.kind == "above" and relation.anchor.relations[0].words == "nearest to" and relation.anchor.relations[0].anchor.size == "largest"
+    on_the_target = parse_expression("the plane above the vehicle which is on the right")
+    assert on_the_target.position == "right" and on_the_target.relations[0].anchor.position == ""
+
+
+@pytest.mark.parametrize("side, other", [("left", "western"), ("right", "right"), ("top", "upper"), ("bottom", "lower")])
+def test_a_half_is_a_region(side, other):
+    for words in (f"in the {side} half", f"in the {other} half of the image"): assert parse_expression(f"the largest ship {words}").position == f"{side} half"
+    box = {"left": (45, 50, 47, 52), "right": (53, 50, 55, 52), "top": (50, 45, 52, 47), "bottom": (50, 53, 52, 55)}[side]
+    assert in_region(f"{side} half", box, 100, 100) and not in_region(side, box, 100, 100)
+    assert parse_expression(f"the ship on the {side} half of the runway").position == ""
 
 
 # Real files -------------------------------------------------------------------------------------------------------------------------------------------------------
