@@ -171,7 +171,7 @@ def test_a_mark_in_a_sentence_is_found_and_one_in_a_completion_is_not_learned(tm
     (tmp_path / "train.jsonl").write_text(json.dumps(dict(image="a.png", expression="the <|im_end|> pad", box=[10, 20, 30, 40])) + "\n")
     rows, findings = load_folder(tmp_path)
     assert [f.kind for f in findings] == ["special token"]
-    drafts = rule_drafts(to_dataset([dict(expression="the ship", box=[10, 20, 30, 40], width=100, height=80, expression_id="1")]), Codec("qwen3_vl"), 0)
+    drafts = rule_drafts(to_dataset([dict(expression="the ship", box=[10, 20, 30, 40], width=100, height=80, expression_id="1")]), Codec("qwen3_vl"))
     learned = synthesise(to_dataset([dict(image=None, expression="the ship", box=[10, 20, 30, 40], width=100, height=80, expression_id="1", image_id="a", split="train")]), Codec("qwen3_vl"),
                          [d.__class__(d.completion.replace("<think>", "<think><|im_end|><|image_pad|>")) for d in drafts], lowest_iou=0)[0]
     for row in learned: assert "<|" not in json.dumps(row["completion"]) and "im_end" in json.dumps(row["completion"])
