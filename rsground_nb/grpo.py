@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
 from .consistency import group_statistics, lead_weight, paper_weight, seed_weight
+from .model import check_moving
 from .rewards import parsed, text_of
 from .rollouts import SharedPromptTrainer
 
@@ -42,6 +43,9 @@ class SpatialGRPOConfig(GRPOConfig):
             if getattr(self, name) not in known: raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(known)}")
         if self.patience_without_signal < 0 or not 0 <= self.highest_truncated <= 1:
             raise ValueError(f"patience_without_signal counts steps and highest_truncated is a share: not {self.patience_without_signal} and {self.highest_truncated}")
+        if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
+            raise ValueError("use_transformers_continuous_batching turns the weights themselves into 16 bit, "
+                             "where small steps are rounded to nothing: leave it out")
         if self.consistency and self.beta != 0 and self.weight_scope == "advantages":
             raise ValueError("scaled advantages are a weight that leaves a KL term (beta != 0) unweighted: set weight_scope='loss', beta=0 or consistency=False")
 
@@ -75,6 +79,7 @@ class GuardedTrainer(SharedPromptTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_moving(self.model)
         self._silent_since, self._gradients_checked = None, not self.args.check_gradients or self.is_deepspeed_enabled or self.is_fsdp_enabled
         check_image_tokens(self)
 
@@ -119,7 +124,7 @@ class WeightedBeta(float):
 
 # %% ../nbs/09_grpo.ipynb #cd9ab008
 class SpatialGRPOTrainer(GuardedTrainer):
-    "TRL's GRPO with each group's advantages, or its loss, scaled by its consistency weight. Raises ValueError unless a reward function is named `iou_reward`, or if that gives anything outside [0, 1]."
+    "TRL's GRPO with each group's advantages, or its loss, scaled by its consistency weight; 1 where `iou_reward` gives None. Raises ValueError unless a reward function is named `iou_reward`, or if that gives anything outside [0, 1]."
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,15 +133,16 @@ class SpatialGRPOTrainer(GuardedTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.args.consistency: self._weigh(rewards[:, self.reward_func_names.index("iou_reward")].nan_to_num(0.0), completions)
+        if self.args.consistency: self._weigh(rewards[:, self.reward_func_names.index("iou_reward")], completions)
         return rewards
 
     def _weigh(self, ious, completions):  # ious of all processes, completions of this one
         a, size = self.args, self._group_size
+        silent, ious = ious.isnan().view(-1, size).any(1), ious.nan_to_num(0.0)  # NaN: TRL's form of None
         boxes = [parsed(text_of(c)).box or [math.nan] * 4 for c in completions]  # in the model's own frame, which is the same for all rollouts of a question
         boxes = self.accelerator.gather(torch.tensor(boxes, device=ious.device))
         limits = dict(lambda_mean=a.lambda_mean, lambda_var=a.lambda_var, lowest=a.lowest_weight, highest=a.highest_weight) if a.weighting == "paper" else {}
-        weight = WEIGHTS[a.weighting](ious, boxes, size, **limits).to(ious)
+        weight = WEIGHTS[a.weighting](ious, boxes, size, **limits).to(ious).where(~silent, 1.0)
         self._rollout_weights = weight.repeat_interleave(size)
         said = dict(weight_mean=weight.mean(), weight_min=weight.min(), weight_max=weight.max(), iou_std_within=group_statistics(ious, size)[1].sqrt().mean(), unparsable=boxes[:, 0].isnan().float().mean())
         if limits: said["weight_at_limit"] = ((weight <= a.lowest_weight) | (weight >= a.highest_weight)).float().mean()

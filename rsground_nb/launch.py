@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArguments', 'RewardArguments', 'ChainSFTConfig',
-           'OneLineParser', 'parse_settings', 'plan', 'plan_line', 'load_rows', 'load_model', 'make_trainer',
-           'kept_settings', 'is_finished', 'save_trained', 'train_command']
+           'OneLineParser', 'find_config', 'check_whole', 'parse_settings', 'plan', 'plan_line', 'load_rows',
+           'load_model', 'make_trainer', 'kept_settings', 'is_finished', 'save_trained', 'carry_out', 'train_command']
 
 # %% ../nbs/09c_launch.ipynb #03da4cd1
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pandas as pd
 import torch
@@ -24,11 +27,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from yaml import YAMLError
 
 from .boxes import Codec
-from .data import load_data
+from .data import data_parts, load_data
+from .files import plain_yaml, printable
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import codec_of, load_vlm, lora_config, memory_plan
-from .rewards import REWARD_WEIGHTS, make_rewards
-from .scale import finish_stage, get_scale, stage_ready, start
+from .model import codec_of, load_vlm, lora_config, memory_plan, merged
+from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards
+from .scale import finish_stage, get_scale, locked, stage_ready, start
 from .sft import Safeguard, catch_up, last_checkpoint
 from .synthesis import load_chains, synthesise
 from .train import grpo_rows, never_drawn, watched, with_rivals
@@ -44,6 +48,13 @@ class DataArguments:
     scale: str = field(default="smoke", metadata={"help": "Number and size of drawn scenes: smoke, workshop or gpu."})
     scenes_seed: int = field(default=0, metadata={"help": "Of drawn scenes and of chains by rule."})
 
+    def __post_init__(self):
+        "What can be said before a model is loaded. Raises ValueError."
+        get_scale(self.scale)
+        least = Codec.min_pixels
+        if self.max_pixels < least: raise ValueError(f"max_pixels {self.max_pixels}: at least {least}, 56 x 56 pixels")
+        if self.scenes_seed < 0: raise ValueError(f"scenes_seed {self.scenes_seed}: 0 or more")
+
 @dataclass
 class ChainArguments(DataArguments):
     chains: str | None = field(default=None, metadata={"help": "Folder of `rsground cot`. Without one, chains are written by rule."})
@@ -53,6 +64,11 @@ class RewardArguments(DataArguments):
     rivals: bool = field(default=True, metadata={"help": "Ask only where the picture holds another object of the target's category (chapter 09b)."})
     alpha: float = field(default=2.5, metadata={"help": "Reach of the positional reward, in half widths of the target (chapter 07)."})
     third: str = field(default="center", metadata={"help": "The third reward, a name of chapter 07's box_rewards: center, area, giou, diou, distance, binary."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = box_rewards()
+        if self.third not in known: raise ValueError(f"third: unknown reward {self.third!r}: use one of {', '.join(known)}")
 
 @dataclass
 class ChainSFTConfig(SFTConfig):
@@ -67,15 +83,38 @@ class OneLineParser(TrlParser):
     "TRL's parser; a mistake is a ValueError instead of pages of usage."
     def error(self, message): raise ValueError(message)
 
+def find_config(name: str) -> Path:
+    "The file, or the one of that name in CONFIGS. Raises ValueError for one that is not plain YAML."
+    path = Path(name) if Path(name).exists() else CONFIGS / name
+    ready = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+    if not path.is_file(): raise ValueError(f"--config {name}: no such file; ready ones are {ready}")
+    try: plain_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as e: raise ValueError(f"--config {path}: {e}") from None
+    return path
+
+def check_whole(part):
+    "Raises ValueError for a number with a point where a whole one is wanted: the parser looks at texts only."
+    for name, kind in get_type_hints(type(part)).items():
+        kinds, value = (kind, *get_args(kind)), getattr(part, name, None)
+        if type(value) is float and int in kinds and float not in kinds:
+            raise ValueError(f"{name} {value}: a whole number is needed")
+
 def parse_settings(
     stage: str,   # sft or grpo
     words: list,  # --config FILE, where FILE may be the name of one in CONFIGS, and --name value over it
 ) -> tuple:
-    "(data, training, model): three dataclasses. Raises ValueError for unknown names and values that do not fit, OSError if there is no such file."
+    "(data, training, model): three dataclasses. Raises ValueError for unknown names, bad values, an unreadable file."
     words = [str(w) for w in words]
-    for k in (k + 1 for k, word in enumerate(words[:-1]) if word == "--config"):
-        if not Path(words[k]).exists() and (CONFIGS / words[k]).is_file(): words[k] = str(CONFIGS / words[k])
-    data, training, model = OneLineParser((*STAGES[stage], ModelConfig), prog=f"rsground train {stage}", allow_abbrev=False).parse_args_and_config(words)
+    for k, word in enumerate(words[:-1]):
+        if word == "--config": words[k + 1] = str(find_config(words[k + 1]))
+    parser = OneLineParser((*STAGES[stage], ModelConfig), prog=f"rsground train {stage}", allow_abbrev=False)
+    *parts, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    if unknown:
+        near = get_close_matches(unknown[0], parser._option_string_actions, 1)
+        hint = f": do you mean {near[0]}?" if near else f" (see rsground train {stage} --help)"
+        raise ValueError(f"unknown setting {unknown[0]}{hint}")
+    for part in parts: check_whole(part)
+    data, training, model = parts
     resume = str(training.resume_from_checkpoint).lower()
     if resume in ("true", "false"): training.resume_from_checkpoint = resume == "true"
     return data, training, model
@@ -94,9 +133,10 @@ def plan(
 ) -> pd.Series:
     "`memory_plan` of chapter 04 for one process, in GiB. Weights are counted whole, as without sharding; vLLM's own memory is not counted."
     grpo = hasattr(training, "num_generations")
+    dtype = torch.bfloat16 if training.bf16 and not model.use_peft else getattr(torch, model.dtype)
     written = training.per_device_train_batch_size * training.steps_per_generation if grpo and not training.use_vllm else 0
     return memory_plan(config, model.lora_r if model.use_peft else 0, written, training.per_device_train_batch_size, side, side, data.max_pixels,
-                       completion_tokens=training.max_completion_length if grpo else answer_tokens, dtype=getattr(torch, model.dtype), checkpointing=training.activation_checkpointing)
+                       completion_tokens=training.max_completion_length if grpo else answer_tokens, dtype=dtype, checkpointing=training.activation_checkpointing)
 
 def plan_line(plan: pd.Series) -> str:
     "The plan as the comment that stands in the ready files."
@@ -120,10 +160,13 @@ def load_rows(
 def load_model(
     data: DataArguments, model: ModelConfig,
 ) -> tuple:
-    "(model, processor), the vision tower frozen. Raises ValueError if there is no such model."
+    "(model, processor), the vision tower frozen. Raises ValueError if there is no such model, or if weights of 16 bit would be trained."
     name, quantized = model.model_name_or_path, get_quantization_config(model)
     more = {"quantization_config": quantized} if quantized else {}
     if not name: raise ValueError('model_name_or_path is missing: "tiny", a local folder, or a hub name')
+    if not model.use_peft and model.dtype != "float32":
+        raise ValueError(f"dtype: {model.dtype} with use_peft: false would train weights of 16 bit, where most small "
+                         "steps are rounded to nothing: take dtype: float32 (bf16: true stays), or use_peft: true")
     try: vlm, processor = load_vlm(name, data.max_pixels, dtype=model.dtype, attn_implementation=model.attn_implementation, **more)
     except OSError as e: raise ValueError(f"model_name_or_path {name}: no folder with a model here, and not to be had from the hub ({str(e).splitlines()[0]})") from None
     vlm.model.visual.requires_grad_(False)
@@ -134,6 +177,8 @@ def make_trainer(
     data: DataArguments, training: SFTConfig, model: ModelConfig,  # of parse_settings
 ) -> tuple:
     "(trainer, processor) for SFT or GRPO. Raises ValueError where settings, data and machine do not go together."
+    if data.dataset_name != "scenes" and not Path(data_parts(data.dataset_name)[0]).exists():
+        raise ValueError(f'{data.dataset_name} is not a folder (use "scenes" for drawn scenes)')
     start(training.seed)
     vlm, processor = load_model(data, model)
     if model.lora_target_modules is None: model.lora_target_modules = lora_config(model.lora_r).target_modules
@@ -180,36 +225,22 @@ def is_finished(
 # %% ../nbs/09c_launch.ipynb #2a014428
 def save_trained(
     trainer, processor,
-    data: DataArguments, model: ModelConfig,
+    model: ModelConfig,
 ):
-    "`model` (adapter merged in), `adapter` with LoRA, and log.csv, in output_dir. Every process calls it."
+    "`model` (adapter merged in, in float32), `adapter` with LoRA, and log.csv, in output_dir. Every process calls it."
     out, lora = Path(trainer.args.output_dir), model.use_peft
     trainer.save_model(str(out / ("adapter" if lora else "model")))
     if trainer.is_deepspeed_enabled: unset_hf_deepspeed_config()  # the copy below is loaded whole, by one process
     if not trainer.is_world_process_zero(): return
-    if lora: PeftModel.from_pretrained(load_model(data, model)[0], out / "adapter").merge_and_unload().save_pretrained(out / "model")
+    if lora:
+        base, _ = load_vlm(model.model_name_or_path, dtype=torch.float32)  # not in 4 or 8 bits
+        merged(PeftModel.from_pretrained(base, out / "adapter")).save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     pd.DataFrame([r for r in trainer.state.log_history if "loss" in r]).to_csv(out / "log.csv", index=False)
 
-def train_command(
-    stage: str,   # sft or grpo
-    words: list,  # of the command line
-) -> int:
-    "`rsground train`: exit code 0, 2 (bad input) or 130 (interrupted). Every process of a distributed run calls it."
-    try:
-        data, training, model = parse_settings(stage, words)
-        settings, out = kept_settings(data, training, model), Path(training.output_dir)
-        with training.main_process_first(): finished = is_finished(out, settings, training.resume_from_checkpoint)
-        trainer, processor = (None, None) if finished else make_trainer(data, training, model)
-    except (ValueError, OSError, ImportError, YAMLError) as e:
-        if os.environ.get("RANK", "0") == "0": print("rsground:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    first = training.process_index == 0
-    if finished:
-        if first: print(f"{out} holds this run, finished: nothing to do")
-        return 0
-    if first: finish_stage(out / "settings", **settings)  # begun
-    resume = training.resume_from_checkpoint
+def carry_out(trainer, processor, model: ModelConfig, settings: dict) -> int:
+    "Train, save, and leave the slip: exit code 0, or 130 (interrupted)."
+    out, resume, first = Path(trainer.args.output_dir), trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
     found = last_checkpoint(out) if resume is True else Path(resume) if resume else None
     trainer.add_callback(Safeguard())
     catch_up(trainer, found)
@@ -217,6 +248,28 @@ def train_command(
     except KeyboardInterrupt:
         if first: print(f"\nrsground: interrupted; the same command with --resume_from_checkpoint true goes on from the last checkpoint in {out}", file=sys.stderr)
         return 130
-    save_trained(trainer, processor, data, model)
+    save_trained(trainer, processor, model)
     if first: finish_stage(out, **settings)
     return 0
+
+def train_command(
+    stage: str,   # sft or grpo
+    words: list,  # of the command line
+) -> int:
+    "`rsground train`: exit code 0, 2 (bad input) or 130 (interrupted). Every process of a distributed run calls it."
+    held = ExitStack()
+    try:
+        data, training, model = parse_settings(stage, words)
+        settings, out = kept_settings(data, training, model), Path(training.output_dir)
+        with training.main_process_first(): finished = is_finished(out, settings, training.resume_from_checkpoint)
+        trainer, processor = (None, None) if finished else make_trainer(data, training, model)
+        if not finished and training.process_index == 0:
+            finish_stage(out / "settings", **settings)  # begun
+            held.enter_context(locked(out / "settings"))
+    except (ValueError, OSError, ImportError, YAMLError) as e:
+        if os.environ.get("RANK", "0") == "0": print("rsground:", printable(" ".join(str(e).split())), file=sys.stderr)
+        return 2
+    if finished:
+        if training.process_index == 0: print(f"{out} holds this run, finished: nothing to do")
+        return 0
+    with held: return carry_out(trainer, processor, model, settings)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'CATEGORIES', 'COLOUR_NAMES', 'PIXELS', 'NUMERALS', 'TASKS', 'GUIDED', 'NOISE', 'WEIGHTS', 'Bank',
-           'cell_owner', 'make_bank', 'turn_patches', 'turn_box', 'Views', 'draw_views', 'EyeTest', 'truth',
-           'plain_patches', 'box_text', 'point_text', 'names_of', 'listed', 'ask_name', 'ask_point', 'ask_what',
-           'ask_where', 'ask_list', 'ask_all', 'ask_echo', 'dialogues', 'numbers_of', 'Rows', 'pack_rows', 'fill_rows',
-           'look_loss', 'level', 'carry', 'quieter', 'losses', 'run_steps', 'save_log', 'pretrain', 'name_quiz']
+           'cell_owner', 'make_bank', 'cut_window', 'photo_bank', 'box_owner', 'tint', 'turn_patches', 'turn_box',
+           'Views', 'draw_views', 'EyeTest', 'truth', 'plain_patches', 'box_text', 'point_text', 'names_of', 'called',
+           'listed', 'ask_name', 'ask_point', 'ask_what', 'ask_where', 'ask_list', 'ask_all', 'ask_echo', 'dialogues',
+           'numbers_of', 'Rows', 'pack_rows', 'fill_rows', 'look_loss', 'level', 'carry', 'quieter', 'losses',
+           'run_steps', 'save_log', 'pretrain', 'name_quiz']
 
 # %% ../nbs/04b_pretrain.ipynb #ea76b75b
 import time
@@ -19,6 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pycocotools.coco import COCO
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
@@ -32,8 +35,8 @@ PLAIN = Style(sizes=(0.10, 0.40), objects=(1, 6))  # objects of 10 to 40 % of th
 CATEGORIES, COLOUR_NAMES = (None, *SHAPES), (None, *COLOURS)
 
 class Bank(NamedTuple):
-    "Drawn scenes, ready for the tower. A cell is what one visual token covers; objects count from 1, 0 is the ground."
-    objects: list          # per scene: [(category, colour, box)], boxes (4,) as shares of the side
+    "Pictures, ready for the tower. A cell is what one visual token covers; objects count from 1, 0 is the ground."
+    objects: list          # per scene: [(category, colour or None, box)], boxes (4,) as shares of the side
     pixels: torch.Tensor   # (scenes, rows, columns, 3, p, p), 16 bit: the processor's patches of p px
     owner: torch.Tensor    # (scenes, rows, columns): the object that covers most of a cell
 
@@ -59,6 +62,64 @@ def make_bank(
         objects.append([(t.category, t.colour, np.array(t.box) / side) for t in scene.things])
         owner[k] = cell_owner(scene, n)
     return Bank(objects, pixels, torch.from_numpy(owner))
+
+# %% ../nbs/04b_pretrain.ipynb #b1a5e002
+def cut_window(
+    rng, boxes: np.ndarray,  # (n, 4) of one picture, original pixels
+    size: tuple,             # (width, height) of the picture
+    spans=(1.8, 7.0),        # side of the window, in sides of the plane it is cut around
+    smallest=0.08,           # longer side of a plane, as share of the window
+    most=6,                  # planes in a window
+):
+    "((x, y, side), boxes as shares of the side) of a random square window around a random plane; None if it holds a piece of a plane, a small or a doubtful one, or too many."
+    x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
+    side = min(max(x2 - x1, y2 - y1) * np.exp(rng.uniform(*np.log(spans))), *size)
+    ranges = [(max(0, b - side), min(a, n - side)) for a, b, n in ((x1, x2, size[0]), (y1, y2, size[1]))]
+    if any(low > high for low, high in ranges): return None
+    corner = np.array([rng.uniform(*r) for r in ranges])
+    seen = np.concatenate([boxes[:, :2] - corner, boxes[:, 2:] - corner], 1)
+    inside = np.clip(seen, 0, side)
+    share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(seen[:, 2:] - seen[:, :2], 1)
+    whole, edge = share > 0.97, (boxes[:, :2] < 2).any(1) | (boxes[:, 2:] > np.array(size) - 2).any(1)
+    if ((share > 0.05) & (~whole | edge)).any() or not 1 <= whole.sum() <= most: return None
+    kept = inside[whole] / side
+    return ((*corner, side), kept) if (kept[:, 2:] - kept[:, :2]).max(1).min() >= smallest else None
+
+def photo_bank(
+    processor,
+    folder: str | Path,   # pictures beside an `_annotations.coco.json` of planes
+    count: int, seed: int,
+    side: int = 112,      # pixels
+) -> Bank:
+    "`count` random windows of real pictures, shrunk to `side`; the cells of a plane are those that its box covers by a third."
+    rng, patch = np.random.default_rng([seed, 5]), processor.image_processor.patch_size
+    coco, n = COCO(Path(folder) / "_annotations.coco.json"), side // patch
+    pictures = [(Image.open(Path(folder) / p["file_name"]).convert("RGB"), coco.imgToAnns[k]) for k, p in coco.imgs.items() if coco.imgToAnns[k]]
+    boxes = [np.array([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in made)]) for _, made in pictures]
+    chance = np.sqrt(np.array([len(b) for b in boxes])); chance /= chance.sum()
+    pixels, objects, owner = torch.zeros(count, n, n, 3, patch, patch, dtype=torch.float16), [], torch.zeros(count, n, n, dtype=torch.long)
+    while (k := len(objects)) < count:
+        i = rng.choice(len(pictures), p=chance)
+        cut = cut_window(rng, boxes[i], pictures[i][0].size)
+        if cut is None or (len(cut[1]) == 1 and rng.random() < 0.5): continue  # about as many windows with several planes as with one
+        (x, y, width), kept = cut
+        window = pictures[i][0].resize((side, side), Image.BICUBIC, (x, y, x + width, y + width), reducing_gap=3)
+        pixels[k] = processor.image_processor([window], return_tensors="pt").pixel_values.view(n, n, 3, patch, patch)
+        objects.append([("plane", None, box) for box in kept])
+        owner[k] = torch.from_numpy(box_owner(kept, n))
+    return Bank(objects, pixels, owner)
+
+def box_owner(boxes, n):
+    "(n, n) whole numbers: the box that covers most of a cell, counted from 1; 0 where none covers a third of it."
+    edge = np.arange(n) / n
+    x, y = (np.clip(np.minimum(boxes[:, k + 2, None], edge + 1 / n) - np.maximum(boxes[:, k, None], edge), 0, None) * n for k in (0, 1))
+    cover = y[:, :, None] * x[:, None, :]
+    return np.where(cover.max(0) >= 1 / 3, cover.argmax(0) + 1, 0)
+
+def tint(pixels, rng):
+    "Normalised pixels (pictures, ...) with another brightness, contrast and white balance for each picture: another hour, another sensor."
+    gain, shift = (torch.from_numpy(rng.normal(mean, 0.12, (len(pixels), 1, 1, 3, 1, 1)).astype(np.float32)) for mean in (1, 0))
+    return pixels.float() * gain + shift
 
 # %% ../nbs/04b_pretrain.ipynb #a1058123
 def turn_patches(
@@ -91,13 +152,13 @@ class Views(NamedTuple):
     owner: torch.Tensor    # (pictures, rows * columns)
 
 def draw_views(bank, count, rng, device):
-    "`count` random views of a bank."
+    "`count` random views of a bank, each with its own light (`tint`)."
     chosen, turns = rng.integers(len(bank.objects), size=count), rng.integers(8, size=count)
     objects = [[(c, k, turn_box(b, t)) for c, k, b in bank.objects[i]] for i, t in zip(chosen, turns)]
-    pixels = torch.stack([turn_patches(bank.pixels[i], t) for i, t in zip(chosen, turns)])
+    pixels = tint(torch.stack([turn_patches(bank.pixels[i], t) for i, t in zip(chosen, turns)]), rng)
     owner = torch.stack([turn_patches(bank.owner[i], t) for i, t in zip(chosen, turns)])
     rows, columns = owner.shape[1:]
-    return Views(objects, pixels.reshape(count * rows * columns, -1).float().to(device), torch.tensor([[1, rows, columns]] * count, device=device), owner.flatten(1).to(device))
+    return Views(objects, pixels.reshape(count * rows * columns, -1).to(device), torch.tensor([[1, rows, columns]] * count, device=device), owner.flatten(1).to(device))
 
 # %% ../nbs/04b_pretrain.ipynb #380a97eb
 class EyeTest(nn.Module):
@@ -148,8 +209,13 @@ def names_of(k, objects):
     "Names that fit the k-th object and no other: by colour, by category, by both."
     category, colour, _ = objects[k]
     alone = lambda test: sum(map(test, objects)) == 1
-    return ([f"{colour} object"] * alone(lambda o: o[1] == colour) + [category] * alone(lambda o: o[0] == category)
-            + [f"{colour} {category}"] * alone(lambda o: o[:2] == (category, colour)))
+    names = [category] * alone(lambda o: o[0] == category)
+    if colour: names += [f"{colour} object"] * alone(lambda o: o[1] == colour) + [f"{colour} {category}"] * alone(lambda o: o[:2] == (category, colour))
+    return names
+
+def called(thing):
+    "'red ship'; 'plane' where the colour is not known."
+    return " ".join(word for word in thing[1::-1] if word)
 
 def listed(parts):
     "[(text, object)] with ', ' and ' and ' between the texts."
@@ -163,26 +229,26 @@ def ask_name(k, objects, rng):
 def ask_point(k, objects, rng): return DIRECT.format(f"the object at {point_text(objects[k][2])}"), [(box_text(objects[k][2]), k)]
 
 def ask_what(k, objects, rng):
-    category, colour, box = objects[k]
-    return f"What is at {(box_text, point_text)[rng.integers(2)](box)}?", [(f"the {colour} {category}", k)]
+    return f"What is at {(box_text, point_text)[rng.integers(2)](objects[k][2])}?", [(f"the {called(objects[k])}", k)]
 
 def ask_where(k, objects, rng):
     "The cell of the picture, unless the centre is near a border of cells."
-    category, colour, (x1, y1, x2, y2) = objects[k]
+    x1, y1, x2, y2 = objects[k][2]
     cell = third((x1 + x2) / 2, 1, 0.03), third((y1 + y2) / 2, 1, 0.03)
-    if None not in cell and f"{colour} {category}" in names_of(k, objects): return f"Where is the {colour} {category}?", [(place_words(*cell), k)]
+    name = called(objects[k])
+    if None not in cell and name in names_of(k, objects): return f"Where is the {name}?", [(place_words(*cell), k)]
 
 def ask_list(k, objects, rng):
     "All objects of a category, from left to right."
     category = objects[k][0]
     same = sorted((i for i, o in enumerate(objects) if o[0] == category), key=lambda i: objects[i][2][0] + objects[i][2][2])
     noun = category + "s" * (len(same) > 1)
-    return f"List the {category}s.", [(f"{NUMERALS[len(same)]} {noun}, ", -1), *listed([(f"{objects[i][1]} at {point_text(objects[i][2])}", i) for i in same])]
+    return f"List the {category}s.", [(f"{NUMERALS[len(same)]} {noun}, ", -1), *listed([(f"{objects[i][1] or ''} at {point_text(objects[i][2])}".strip(), i) for i in same])]
 
 def ask_all(k, objects, rng):
     "All objects with their boxes, from left to right."
     order = sorted(range(len(objects)), key=lambda i: objects[i][2][0] + objects[i][2][2])
-    return "List all objects.", listed([(f"{objects[i][1]} {objects[i][0]} {box_text(objects[i][2])}", i) for i in order])
+    return "List all objects.", listed([(f"{called(objects[i])} {box_text(objects[i][2])}", i) for i in order])
 
 def ask_echo(k, objects, rng):
     "Six words to repeat, so that every word is alive before a chain of thought needs it."
@@ -370,6 +436,7 @@ def pretrain(
     word_steps: int = 5000,     # of 8 pictures with about 6 questions each
     seed: int = 0,
     num_scenes: int = 12000,
+    photos: str | Path | None = None,  # folder of real pictures of planes (`photo_bank`): as many windows as scenes
     **often,                    # log_every, save_every: in steps
 ):
     "Train a tiny model from random weights, eyes first; goes on where an interrupted run with the same settings stopped. Saves to `out` and returns (model, processor)."
@@ -379,6 +446,9 @@ def pretrain(
     model, processor = make_tiny(seed)
     model.to(device).train()
     bank, tower, text = make_bank(processor, num_scenes, seed), model.model.visual, model.model.language_model
+    if photos:
+        seen = photo_bank(processor, photos, num_scenes, seed)
+        bank = Bank(bank.objects + seen.objects, torch.cat([bank.pixels, seen.pixels]), torch.cat([bank.owner, seen.owner]))
     width, layer = model.config.text_config.hidden_size, text.layers[GUIDED[0]]
     test, held, number = (part.to(device) for part in (EyeTest(width), EyeTest(width, strips=100), nn.Linear(width, 101)))
     plain_patches(tower)

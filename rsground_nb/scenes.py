@@ -93,10 +93,11 @@ class Thing:
     @cached_property
     def area(self): (x, y), (u, v) = self.outline.T, np.roll(self.outline, 1, 0).T; return float(abs((x * v - u * y).sum()) / 2)
 
-    @property
+    @cached_property
     def sizes(self): return (self.area,)
 
-    def spots(self, axis): return (self.centre[axis],)
+    @cached_property
+    def spots(self): return [(v,) for v in self.centre]
 
     @property
     def sure(self): return self.visible >= SURE and self.pixels >= ENOUGH

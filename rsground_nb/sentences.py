@@ -8,13 +8,13 @@ __all__ = ['MARGIN', 'EDGE', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'CORNERS', 
            'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'nearer', 'by_corner', 'beside',
            'first_name', 'anchors', 'by_relation', 'by_same', 'gap', 'by_nearest', 'countable', 'by_ordinal', 'plural',
            'by_count', 'by_combined', 'in_half', 'second_by_size', 'by_half', 'names_in_two_steps', 'by_pick_beside',
-           'by_chain', 'sentences', 'options', 'pattern', 'slots', 'count_hops', 'conditions', 'in_third', 'kept',
-           'in_order', 'called', 'meant', 'check_expression', 'choose']
+           'by_chain', 'sentences', 'options', 'pattern', 'slots', 'count_hops', 'conditions', 'in_third', 'on_side',
+           'kept', 'in_order', 'called', 'meant', 'check_expression', 'choose']
 
 # %% ../nbs/01b_sentences.ipynb #e230f7fe
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import dist
 
 import numpy as np
@@ -29,19 +29,20 @@ class Seen:
     visible: float = 1.0       # share of it that is seen
     sure: bool = True          # False: a reader may count it or not
 
-    @property
+    @cached_property
     def centre(self): x1, y1, x2, y2 = self.box; return (x1 + x2) / 2, (y1 + y2) / 2
 
-    @property
+    @cached_property
     def area(self): x1, y1, x2, y2 = self.box; return (x2 - x1) * (y2 - y1) / self.visible
 
-    @property
+    @cached_property
     def sizes(self):
-        "Area and squared diagonal: the box of an object that is turned has another area, but much the same diagonal."
+        "Area and squared diagonal of the box; turning an object changes the second less than the first."
         x1, y1, x2, y2 = self.box
         return self.area, ((x2 - x1) ** 2 + (y2 - y1) ** 2) / self.visible
 
-    def spots(self, axis): return self.box[axis], self.centre[axis], self.box[axis + 2]
+    @cached_property
+    def spots(self): return [(self.box[axis], self.centre[axis], self.box[axis + 2]) for axis in (0, 1)]
 
 @dataclass(eq=False)
 class Picture:
@@ -68,8 +69,8 @@ def same_kind(picture, category):
     return [t for t in picture.things if t.category == category or t.category.endswith(f" {category}")]
 
 def lead(a, b, axis, sign):
-    "By how many pixels `a` lies further in a direction than `b`, for the least of their marks; negative if it does not."
-    return min(sign * (p - q) for p, q in zip(a.spots(axis), b.spots(axis)))
+    "By how many pixels `a` lies further in a direction than `b`, for the least of their marks."
+    return min([sign * (p - q) for p, q in zip(a.spots[axis], b.spots[axis])])
 
 def larger(picture, a, b):
     "True if what is seen of `a` is larger than the whole of `b` by the factor, in every measure."
@@ -93,9 +94,12 @@ def describe(
     "[the sentence with these parts] if it is proven to mean this object only, else []."
     words, test = where or ("", lambda t: True)
     if not thing.sure or not test(thing): return []
-    rivals = [t for t in same_kind(picture, thing.category) if t is not thing and colour in ("", t.colour) and test(t) is not False]
-    if pick and not (any(t.sure and test(t) for t in rivals) and beats(picture, thing, pick, rivals)): return []
-    if rivals and not pick: return []
+    same = same_kind(picture, thing.category)
+    rivals = (t for t in same if t is not thing and colour in ("", t.colour) and test(t) is not False)
+    if not pick and next(rivals, None): return []
+    beaten = list(rivals) if pick else []
+    if pick and not any(t.sure and test(t) for t in beaten): return []
+    if pick and not beats(picture, thing, pick, beaten): return []
     return [" ".join(part for part in ("the", pick, colour, thing.category, words) if part)]
 
 def by_name(picture, thing):
@@ -112,7 +116,7 @@ def by_size(picture, thing):
 
 # %% ../nbs/01b_sentences.ipynb #8f5ff744
 def third(value, side, margin=0.0):
-    "-1, 0 or 1 for the first, middle, last third of the side; None within `margin` pixels of a border between thirds."
+    "-1, 0 or 1 for the first, middle, last third; None within `margin` pixels of a border between thirds."
     if any(abs(value - k * side / 3) < margin for k in (1, 2)): return None
     return -1 if value < side / 3 else 1 if value > 2 * side / 3 else 0
 
@@ -123,7 +127,8 @@ def cell_name(column, row):
 
 def place_words(column, row):
     "'in the top left', 'at the top', 'on the left', 'in the centre', ..."
-    return f"{'at' if column == 0 != row else 'on' if row == 0 != column else 'in'} the {cell_name(column, row)}"
+    word = "at" if column == 0 != row else "on" if row == 0 != column else "in"
+    return f"{word} the {cell_name(column, row)}"
 
 def in_cell(picture, thing):
     "(words, test) for the cell that the object's centre is in; None near a border."
@@ -138,17 +143,17 @@ def in_cell(picture, thing):
     return place_words(*mine), test
 
 def by_cell(picture, thing):
-    "'the ship in the top left', if no other ship has its centre in or near there; for a side, nowhere in that third."
+    "'the ship in the top left', if no other ship has its centre in or near there; for a side, in that third."
     where = in_cell(picture, thing)
     if where: yield from describe(picture, thing, where=where)
 
-# %% ../nbs/01b_sentences.ipynb #3ae5c2a2
-CORNERS = {f"{v} {h}": (x, y) for y, v in enumerate(("top", "bottom")) for x, h in enumerate(("left", "right"))}
+# %% ../nbs/01b_sentences.ipynb #a2ffe122
+CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 
 def nearer(picture, thing, rivals, point):
-    "True if the object's centre is nearer to the point than any rival's by the margin, and there is a sure rival."
-    least = picture.margin * sum(picture.size) / 2
-    return any(t.sure for t in rivals) and all(dist(t.centre, point) - dist(thing.centre, point) > least for t in rivals)
+    "True if the object's centre is nearer to the point than any rival's by the margin; some rival is sure."
+    limit = dist(thing.centre, point) + picture.margin * sum(picture.size) / 2
+    return any(t.sure for t in rivals) and all(dist(t.centre, point) > limit for t in rivals)
 
 def by_corner(picture, thing):
     "'the ship nearest to the top left corner', if it also lies in that quarter of the picture."
@@ -156,17 +161,19 @@ def by_corner(picture, thing):
     for name, corner in CORNERS.items() if thing.sure else ():
         point = [c * side for c, side in zip(corner, picture.size)]
         here = all((2 * c > side) == k for c, side, k in zip(thing.centre, picture.size, corner))
-        if here and nearer(picture, thing, rivals, point): yield f"the {thing.category} nearest to the {name} corner"
+        if here and nearer(picture, thing, rivals, point):
+            yield f"the {thing.category} nearest to the {name} corner"
 
 # %% ../nbs/01b_sentences.ipynb #744004c7
 def beside(picture, words, anchor, name):
-    "(words, test) for 'left of the red tank' and the like: by the margin, and by at least half as much as it is off to the other side."
+    "(words, test) for 'left of the red tank': by the margin, and by half as much as it is off sideways."
     axis, sign = RELATIONS[words]
     least = picture.margin * picture.size[axis]
     def test(t):
         if t is anchor: return False
         off = abs(t.centre[1 - axis] - anchor.centre[1 - axis])
-        return True if lead(t, anchor, axis, sign) > max(least, off / 2) else False if lead(t, anchor, axis, -sign) > least else None
+        if lead(t, anchor, axis, sign) > max(least, off / 2): return True
+        return False if lead(t, anchor, axis, -sign) > least else None
     return f"{words} {name}", test
 
 def first_name(picture, thing, by):
@@ -176,18 +183,20 @@ def first_name(picture, thing, by):
 def anchors(picture, category, by=(by_name,)):
     "(object, name) for the objects of other categories that one of the rules can name."
     for t in picture.things:
-        if t.category != category and (name := first_name(picture, t, by)): yield t, name
+        if t.category != category and t.sure and (name := first_name(picture, t, by)): yield t, name
 
 def by_relation(picture, thing):
     "'the ship left of the red tank', if no other ship lies left of it and the anchor is the only red tank."
     for anchor, name in anchors(picture, thing.category):
-        for words in RELATIONS: yield from describe(picture, thing, where=beside(picture, words, anchor, name))
+        for words in RELATIONS:
+            yield from describe(picture, thing, where=beside(picture, words, anchor, name))
 
 def by_same(picture, thing):
     "'the ship left of the largest ship': a relation to an object of the same category."
     for anchor in same_kind(picture, thing.category):
-        name = None if anchor is thing else first_name(picture, anchor, (by_size, by_end))
-        for words in RELATIONS if name else (): yield from describe(picture, thing, where=beside(picture, words, anchor, name))
+        name = first_name(picture, anchor, (by_size, by_end)) if anchor.sure and anchor is not thing else None
+        for words in RELATIONS if name else ():
+            yield from describe(picture, thing, where=beside(picture, words, anchor, name))
 
 def gap(a, b):
     "Pixels between two boxes; 0 if they overlap."
@@ -196,8 +205,9 @@ def gap(a, b):
 def by_nearest(picture, thing, but=None):
     "'the ship nearest to the red tank'; the anchor may be of any category, and is not `but`."
     for anchor in picture.things if thing.sure else ():
+        if anchor in (thing, but) or not anchor.sure: continue
         rivals = [t for t in same_kind(picture, thing.category) if t is not thing and t is not anchor]
-        if anchor in (thing, but) or not anchor.sure or not nearer(picture, thing, rivals, anchor.centre): continue
+        if not nearer(picture, thing, rivals, anchor.centre): continue
         if any(gap(t, anchor) <= gap(thing, anchor) for t in rivals): continue
         name = first_name(picture, anchor, (by_name, by_size, by_end))
         if name: yield f"the {thing.category} nearest to {name}"
@@ -212,7 +222,7 @@ def countable(group):
     return all(t.sure for t in group) and len({t.category for t in group}) == 1
 
 def by_ordinal(picture, thing):
-    "'the second ship from the left' or 'the second red ship from the left'; the object is never the last of its row."
+    "'the second ship from the left' or 'the second red ship from the left'; never the last of its row."
     kind = same_kind(picture, thing.category)
     for colour, group in (("", kind), (thing.colour, [t for t in kind if t.colour == thing.colour])):
         if colour is None or not countable(group) or (colour and len(group) == len(kind)): continue
@@ -220,8 +230,10 @@ def by_ordinal(picture, thing):
             order = sorted(group, key=lambda t: sign * t.centre[axis])
             rank = order.index(thing)
             if not 1 <= rank <= min(len(ORDINALS), len(group) - 2): continue
-            if all(lead(b, a, axis, sign) > picture.margin * picture.size[axis] for a, b in zip(order, order[1:rank + 2])):
-                yield " ".join(part for part in ("the", ORDINALS[rank - 1], colour, thing.category, "from the", start) if part)
+            least = min(lead(b, a, axis, sign) for a, b in zip(order, order[1:rank + 2]))
+            if least > picture.margin * picture.size[axis]:
+                words = ("the", ORDINALS[rank - 1], colour, thing.category, "from the", start)
+                yield " ".join(part for part in words if part)
 
 def plural(category):
     "ships, storage tanks, buses, ferries."
@@ -238,14 +250,16 @@ def by_count(picture, thing):
 
 # %% ../nbs/01b_sentences.ipynb #61b727aa
 def by_combined(picture, thing):
-    "Pick and colour, size and where, or colour and where, neither of which is enough; anchors may be named by size."
+    "Pick and colour, size and where, or colour and where, neither enough; anchors may be named by size."
     picks = [dict(pick=word) for word in (*SIZES, *ENDS)]
     cell, named = in_cell(picture, thing), anchors(picture, thing.category, (by_name, by_size))
     wheres = [cell, *(beside(picture, words, *anchor) for anchor in named for words in RELATIONS)]
     wheres = [dict(where=w) for w in wheres if w and w[1](thing)]
     colours = [dict(colour=thing.colour)] if thing.colour else []
-    picks, colours, wheres = ([part for part in parts if not describe(picture, thing, **part)] for parts in (picks, colours, wheres))
-    for first, second in ((picks, colours), ([p for p in picks if p["pick"] in SIZES], wheres), (colours, wheres)):
+    def too_little(parts): return [part for part in parts if not describe(picture, thing, **part)]
+    picks, colours, wheres = map(too_little, (picks, colours, wheres))
+    sizes = [p for p in picks if p["pick"] in SIZES]
+    for first, second in ((picks, colours), (sizes, wheres), (colours, wheres)):
         for a in first:
             for b in second: yield from describe(picture, thing, **a, **b)
 
@@ -267,11 +281,12 @@ def second_by_size(picture, thing, where):
     for word in SIZES:
         def rank(things): return sorted(things, key=lambda t: t.area, reverse=word == "largest")
         order, second = rank(group), rank(kind)[1]
-        clear = order[1] is thing and beats(picture, order[0], word, order[1:]) and beats(picture, thing, word, order[2:])
-        if clear and (second is thing or not test(second)): yield f"the second {word} {thing.category} {words}"
+        if order[1] is not thing or (second is not thing and test(second)): continue
+        if beats(picture, order[0], word, order[1:]) and beats(picture, thing, word, order[2:]):
+            yield f"the second {word} {thing.category} {words}"
 
 def by_half(picture, thing):
-    "'the largest ship in the left half', where neither part is enough, and 'the second largest ship in the left half'."
+    "'the largest ship in the left half', where neither part is enough; 'the second largest ship in ...'."
     for side in STARTS:
         where = in_half(picture, side)
         if not where[1](thing) or describe(picture, thing, where=where): continue
@@ -281,51 +296,61 @@ def by_half(picture, thing):
 
 # %% ../nbs/01b_sentences.ipynb #a3be348c
 def names_in_two_steps(picture, anchor, thing):
-    "(name, half or None) of an object that cannot be named by its category alone; `thing` is no part of the name."
+    "(name, half or None) of an object that its category does not name; `thing` is no part of the name."
     if any(by_name(picture, anchor)): return
-    for text in by_nearest(picture, anchor, thing): yield text.replace(" nearest to ", " that is nearest to ", 1), None
+    for text in by_nearest(picture, anchor, thing):
+        yield text.replace(" nearest to ", " that is nearest to ", 1), None
     for text in by_half(picture, anchor): yield text, text.split()[-2]
 
 def by_pick_beside(picture, thing):
-    "'the largest ship left of the rightmost ship', where neither part is enough."
-    for anchor in same_kind(picture, thing.category):
-        name = None if anchor is thing else first_name(picture, anchor, (by_end,))
-        for where in [beside(picture, words, anchor, name) for words in RELATIONS] if name else ():
+    "'the topmost ship left of the largest ship', where neither part is enough."
+    for anchor in same_kind(picture, thing.category) if thing.sure else ():
+        name = first_name(picture, anchor, (by_size, by_end)) if anchor.sure and anchor is not thing else None
+        for words, (axis, _) in RELATIONS.items() if name else ():
+            where = beside(picture, words, anchor, name)
             if not where[1](thing) or describe(picture, thing, where=where): continue
-            for pick in SIZES:
+            for pick in (*SIZES, *(end for end in ENDS if ENDS[end][0] != axis)):
                 if not describe(picture, thing, pick): yield from describe(picture, thing, pick, where=where)
 
 def by_chain(picture, thing):
-    "'the ship above the tank that is nearest to the largest plane', 'the largest ship left of the rightmost ship', ..."
+    "'the ship above the tank that is nearest to the plane', 'the topmost ship left of the largest ship'."
     others = [t for t in same_kind(picture, thing.category) if t is not thing]
     for anchor in picture.things if thing.sure else ():
-        ways = [words for words in RELATIONS if anchor.sure and describe(picture, thing, where=beside(picture, words, anchor, ""))]
+        if not anchor.sure: continue
+        tests = [(words, beside(picture, words, anchor, "")) for words in RELATIONS]
+        ways = [words for words, where in tests if describe(picture, thing, where=where)]
         for name, side in names_in_two_steps(picture, anchor, thing) if ways else ():
             if side and any(in_half(picture, side)[1](t) is not False for t in others): continue
             for words in ways: yield f"the {thing.category} {words} {name}"
     yield from by_pick_beside(picture, thing)
 
-RULES = {"name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation, "ordinal": by_ordinal, "combined": by_combined,
-         "corner": by_corner, "count": by_count, "half": by_half, "nearest": by_nearest, "same": by_same, "chain": by_chain}
+RULES = {
+    "name": by_name, "end": by_end, "cell": by_cell, "size": by_size, "relation": by_relation,
+    "ordinal": by_ordinal, "combined": by_combined, "corner": by_corner, "count": by_count, "half": by_half,
+    "nearest": by_nearest, "same": by_same, "chain": by_chain}
 
 def sentences(
     picture,
     rules=tuple(RULES),
 ) -> list:
     "All provable (sentence, object, rule) of a picture."
-    return [(text, thing, rule) for rule in rules for thing in picture.things for text in RULES[rule](picture, thing)]
+    sure = [t for t in picture.things if t.sure]
+    return [(text, thing, rule) for rule in rules for thing in sure for text in RULES[rule](picture, thing)]
 
-# %% ../nbs/01b_sentences.ipynb #87816c20
-COLOUR_WORDS = ("white", "red", "blue", "yellow", "black", "orange", "green", "purple", "turquoise", "bright", "dark", "grey", "brown")
+# %% ../nbs/01b_sentences.ipynb #a1211879
+COLOUR_WORDS = "white red blue yellow black orange green purple turquoise bright dark grey brown".split()
 
 def options(words): return "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True)) or "(?!)"
 
 @cache
 def pattern(categories: tuple) -> re.Pattern:
     "The form of all sentences about some categories, with named slots."
-    pick = rf"(?:(?P<rank>second) (?={options(SIZES)}))?(?P<pick>{options([*ENDS, *SIZES])}) |(?P<ordinal>{options(ORDINALS)}) "
-    noun = rf"(?:(?P<colour>{options(COLOUR_WORDS)}) )?(?P<category>{options(categories)})(?(ordinal) from the (?P<start>{options(STARTS)}))"
-    group = rf"(?P<end>{options(ENDS)}) of the (?P<number>{options(NUMBERS)}) (?P<plural>{options(map(plural, categories))})"
+    pick = rf"(?:(?P<rank>{options(ORDINALS)}) (?={options(SIZES)}))?(?P<pick>{options([*ENDS, *SIZES])}) "
+    pick += rf"|(?P<ordinal>{options(ORDINALS)}) "
+    noun = rf"(?:(?P<colour>{options(COLOUR_WORDS)}) )?(?P<category>{options(categories)})"
+    noun += rf"(?(ordinal) from the (?P<start>{options(STARTS)}))"
+    group = rf"(?P<end>{options(ENDS)}) of the (?P<number>{options(NUMBERS)}) "
+    group += rf"(?P<plural>{options(map(plural, categories))})"
     cell = "(?:in|at|on) the (?P<place>centre|left|right|(?:top|bottom)(?: left| right)?)"
     area = rf"in the (?P<half>{options(STARTS)}) half| nearest to the (?P<corner>{options(CORNERS)}) corner"
     link = rf"(?P<relation>{options([*RELATIONS, 'nearest to', 'that is nearest to'])}) (?P<anchor>the .+)"
@@ -334,13 +359,16 @@ def pattern(categories: tuple) -> re.Pattern:
 def slots(text, categories: tuple) -> dict:
     "What stands in each slot, None for an empty one. Raises ValueError for words that it cannot read."
     found = pattern(categories).fullmatch(text)
-    if not found: raise ValueError(f"cannot read {text!r}: expected \"the [pick] [colour] category [where]\" with words of chapter 01b")
+    if not found:
+        form = "'the [pick] [colour] category [where]'"
+        raise ValueError(f"cannot read {text!r}: expected {form} in words of chapter 01b")
     return found.groupdict()
 
 def count_hops(text: str, categories: tuple) -> int:
-    "How many steps it takes to find the object: one for each order or size, position and relation, and those of the anchor; at least 1."
+    "Steps to the object: one for an order or size, a position, a relation, and the anchor's; at least 1."
     said = slots(text, categories)
-    own = [said["place"] or said["half"], said["pick"] or said["ordinal"] or said["end"] or said["corner"], said["relation"]]
+    order = said["pick"] or said["ordinal"] or said["end"] or said["corner"]
+    own = [order, said["place"] or said["half"], said["relation"]]
     return max(1, sum(map(bool, own))) + (count_hops(said["anchor"], categories) if said["anchor"] else 0)
 
 # %% ../nbs/01b_sentences.ipynb #85e4d445
@@ -357,31 +385,38 @@ def conditions(said: dict, categories: tuple) -> list:
 def in_third(thing, words, picture):
     "True if the centre lies in that third of the picture ('top left', 'right', ...)."
     column, row = (min(int(3 * c / side), 2) for c, side in zip(thing.centre, picture.size))
-    here = {"left": column == 0, "right": column == 2, "top": row == 0, "bottom": row == 2, "centre": (column, row) == (1, 1)}
-    return all(here[word] for word in words.split())
+    here = {"left": column == 0, "right": column == 2, "top": row == 0, "bottom": row == 2}
+    return all(here[word] for word in words.split()) if words != "centre" else (column, row) == (1, 1)
+
+def on_side(thing, words, x, y):
+    "True if the centre lies left of, right of, above or below a point."
+    (u, v), side = thing.centre, words.split()[0]  # of 'left of' or 'left'
+    sides = {"left": u < x, "right": u > x, "top": v < y, "bottom": v > y, "above": v < y, "below": v > y}
+    return sides[side]
 
 def kept(fits, slot, words, picture, things, loosely):
     "The objects of `fits` for which a condition holds."
     width, height = picture.size
     if slot == "place": return [t for t in fits if in_third(t, words, picture)]
-    if slot == "half": return [t for t in fits if {"left": 2 * t.centre[0] < width, "right": 2 * t.centre[0] > width, "top": 2 * t.centre[1] < height, "bottom": 2 * t.centre[1] > height}[words]]
+    if slot == "half": return [t for t in fits if on_side(t, words, width / 2, height / 2)]
     if slot == "corner": x, y = width * words.endswith("right"), height * words.startswith("bottom")
     else:
         anchor = meant(words, picture, things, loosely)
         if len(anchor) != 1: return []
         x, y = anchor[0].centre
         fits = [t for t in fits if t is not anchor[0]]
-    if slot in RELATIONS: return [t for t in fits if {"left of": t.centre[0] < x, "right of": t.centre[0] > x, "above": t.centre[1] < y, "below": t.centre[1] > y}[slot]]
+    if slot in RELATIONS: return [t for t in fits if on_side(t, slot, x, y)]
     nearest = min((dist(t.centre, (x, y)) for t in fits), default=0)
     return [t for t in fits if dist(t.centre, (x, y)) == nearest]
 
 def in_order(fits, said):
     "The objects that a pick or an ordinal selects; several only if they are exactly equal."
-    pick = said["pick"] or said["end"]
-    if not (pick or said["ordinal"]): return fits
-    start = said["start"] or {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}.get(pick)
-    value = {"left": lambda t: t.centre[0], "right": lambda t: -t.centre[0], "top": lambda t: t.centre[1], "bottom": lambda t: -t.centre[1],
-             None: lambda t: t.area if pick == "smallest" else -t.area}[start]
+    pick = said["pick"] or said["end"] or said["start"]
+    if not pick: return fits
+    def value(t):
+        (x, y), area = t.centre, t.area
+        values = {"left": x, "right": -x, "top": y, "bottom": -y, "smallest": area, "largest": -area}
+        return values[pick.removesuffix("most")]
     word = said["ordinal"] or said["rank"]
     rank = ("second", "third", "fourth").index(word) + 1 if word else 0
     values = sorted(map(value, fits))
@@ -393,7 +428,7 @@ def called(things, name, loosely):
     return [t for t in things if t.category == name or (loosely and t.category.endswith(f" {name}"))]
 
 def meant(text, picture, things, loosely=False):
-    "The objects among `things` that the words can mean; none if an anchor is missing or not the only one, or if a number is wrong."
+    "The objects among `things` that the words can mean; none if an anchor is not unique or a number wrong."
     categories = tuple(sorted({*picture.categories, *(t.category for t in picture.things)}))
     said, found = slots(text, categories), []
     if said["plural"]:
@@ -402,7 +437,8 @@ def meant(text, picture, things, loosely=False):
     named = [t for t in called(things, said["category"], loosely) if said["colour"] in (None, t.colour)]
     for reading in conditions(said, categories):
         fits = named
-        for slot, words in sorted(reading, key=lambda c: c[0] in ("corner", "nearest to")): fits = kept(fits, slot, words, picture, things, loosely)
+        for slot, words in sorted(reading, key=lambda c: c[0] in ("corner", "nearest to")):
+            fits = kept(fits, slot, words, picture, things, loosely)
         found += [t for t in in_order(fits, said) if t not in found]
     return found
 
@@ -410,17 +446,20 @@ def check_expression(
     text: str,  # in the words of this chapter
     picture,    # with its annotation; pixels are not looked at
 ) -> list:
-    "The objects that the words can mean, whether doubtful ones count or not. Raises ValueError for words that it cannot read."
-    if not isinstance(text, str) or len(text) > 500: raise ValueError("cannot read this: a sentence of at most 500 letters is expected")
+    "The objects that the words can mean, doubtful ones counted or not. Raises ValueError for other words."
+    if not isinstance(text, str) or len(text) > 500:
+        raise ValueError("cannot read this: a sentence of at most 500 letters is expected")
     counted = [picture.things, [t for t in picture.things if t.sure]]
     readings = [meant(text, picture, things, loosely) for things in counted for loosely in (False, True)]
     return [t for t in picture.things if any(t in reading for reading in readings)]
 
 # %% ../nbs/01b_sentences.ipynb #30587faf
 def choose(picture, rng, rules=tuple(RULES), hops=None):
-    "One (sentence, object, rule): the first rule, in random order, that says something of so many hops (None: any), of the first object that it says it of; None if there is none."
+    "One (sentence, object, rule) of so many hops (None: any), in random order; None if there is none."
     categories = tuple(sorted({*picture.categories, *(t.category for t in picture.things)}))
     for rule in rng.permutation(rules).tolist():
         for k in rng.permutation(len(picture.things)):
-            found = [text for text in RULES[rule](picture, picture.things[k]) if hops is None or count_hops(text, categories) == hops]
+            if not picture.things[k].sure: continue  # no rule speaks of it
+            found = list(RULES[rule](picture, picture.things[k]))
+            if hops: found = [text for text in found if count_hops(text, categories) == hops]
             if found: return found[rng.integers(len(found))], picture.things[k], rule

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'ASKED', 'ORIGIN', 'LINE', 'OWN_FILES', 'judge', 'count_verdicts', 'training_rows', 'synthesise',
-           'write_whole', 'write_table', 'read_table', 'load_chains', 'as_data_url', 'card', 'draw_lots', 'fill_in',
-           'write_audit', 'check_folder', 'origin', 'make_chains', 'chain_stage']
+           'write_table', 'read_table', 'load_chains', 'as_data_url', 'card', 'draw_lots', 'fill_in', 'write_audit',
+           'check_folder', 'origin', 'make_chains', 'chain_stage']
 
 # %% ../nbs/05d_synthesis.ipynb #5dda647d
 import base64
 import io
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -28,8 +27,8 @@ from .cot import RULE_VERSION, rule_drafts, to_json
 from .data import load_data, split_hash
 from .files import READ_ERRORS
 from .filters import CODES, find_faults, verdict
-from .model import student_codec, to_prompt
-from .scale import finish_stage, get_scale, settings_of, stage_ready
+from .model import plain_text, student_codec, to_prompt
+from .scale import finish_stage, get_scale, settings_of, stage_ready, write_whole
 
 # %% ../nbs/05d_synthesis.ipynb #c17d2663
 VERDICTS = {"ok": "kept", **CODES, "no_reply": "the teacher gave no text"}
@@ -84,7 +83,7 @@ def training_rows(
         raise ValueError("the table and the rows are not the same expressions in the same order")
     made = rows.select_columns(["image", "expression", "box", "width", "height", "expression_id"])
     made = made.add_column("prompt", [to_prompt(e) for e in table.expression])
-    said = [[{"role": "assistant", "content": [{"type": "text", "text": t}]}] for t in table.completion]
+    said = [[{"role": "assistant", "content": [{"type": "text", "text": plain_text(t)}]}] for t in table.completion]
     made = made.add_column("completion", said)
     for name in (n for n in ORIGIN if n in table): made = made.add_column(name, table[name].tolist())
     return made.select(np.flatnonzero(table.verdict == "ok"))  # last: a column copies a selection
@@ -105,14 +104,6 @@ def synthesise(
 
 # %% ../nbs/05d_synthesis.ipynb #e91cf8f0
 LINE = dict(expression_id=str, expression=str, box=list, completion=str, verdict=str, faults=list)  # needed
-
-def write_whole(path: str | Path, text: str):
-    "Write a file in one go: whoever reads it finds the old text or the new one."
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally: partial.unlink(missing_ok=True)
 
 def write_table(
     table: pd.DataFrame,  # of `judge`
@@ -175,9 +166,9 @@ def as_data_url(picture):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 def card(rows, k, line, codec):
-    "What the audit page shows of row k: its line, the picture with both boxes (None if unreadable), the IoU."
+    "What the audit page shows of row k: its line, the picture with both boxes (None and why if unreadable), the IoU."
     try: row = rows[k]
-    except READ_ERRORS: return dict(**line, picture=None, iou=None)
+    except READ_ERRORS as e: return dict(**line, picture=None, iou=None, why=str(e))
     answered = completion_box(line["completion"], codec, row["width"], row["height"])
     zoom = min(4, 320 / max(row["width"], row["height"]))
     x1, y1, x2, y2 = row["box"]
@@ -236,9 +227,7 @@ def check_folder(folder):
 def origin(server):
     "Who writes the chains and how it is asked."
     if not server: return dict(teacher="rule", prompt_version=RULE_VERSION)
-    fields = ("max_tokens", "temperature", "seed", "structured", "more")
-    asked = {name: getattr(server, name) for name in fields}
-    return dict(teacher=f"chat: {server.model}", prompt_version=PROMPT_VERSION, asked=asked)
+    return dict(teacher=f"chat: {server.model}", prompt_version=PROMPT_VERSION, asked=server.manners())
 
 def make_chains(
     rows: Dataset,             # one split

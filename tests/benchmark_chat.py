@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Image
 
-from faulty_server import body_hash
+from faulty_server import body_hash, free_port, wait_for
 from rsground_nb.boxes import Codec
-from rsground_nb.chat import ASSETS, Server, chat_drafts, content_key, data_url, free_port, make_question, make_request
+from rsground_nb.chat import ASSETS, Server, chat_drafts, content_key, data_url, make_question, make_request
 from rsground_nb.data import to_dataset
 from rsground_nb.scenes import scene_records
 
@@ -36,7 +36,7 @@ CODEC = Codec("qwen2_5_vl", 28, 56 * 56, 112 * 112)
 def make_rows(count, seed): return to_dataset(list(scene_records(count, seed)))
 
 
-def server_at(port): return Server(f"http://127.0.0.1:{port}/v1", str(ASSETS / "tiny"), max_tokens=16, workers=4, timeout=60, max_retries=12)
+def server_at(port): return Server(f"http://127.0.0.1:{port}/v1", str(ASSETS / "tiny"), max_tokens=16, workers=4, timeout=60, max_retries=12, free_text=True)
 
 
 def client(port, folder, count, seed):
@@ -76,6 +76,7 @@ class Pair:
         self.server = self.spawn("server", HERE / "serve_tiny.py", self.port, self.folder / "server.jsonl")
 
     def start_client(self):
+        wait_for(self.server, self.port, self.folder / "server.out")  # a client gives up at once where nobody is
         self.runs.append(dict(run=len(self.runs) + 1, began=time.time(), cached_at_start=len(stored(self.folder))))
         self.client = self.spawn("client", HERE / "benchmark_chat.py", "--client", self.port, self.folder, *self.asked_for)
 
@@ -123,8 +124,8 @@ def count_up(pair, count, seed, first, facts):
     """What the server's log and the cache say about it."""
     server, when, key_of, log, drafts = server_at(pair.port), stored(pair.folder), {}, log_lines(pair.folder), pair.drafts()
     for row in make_rows(count, seed).cast_column("image", Image(decode=False)):
-        question = make_question(row, CODEC)
-        key_of[body_hash(make_request(server, question.prompt, data_url(question), True))] = content_key(server, question, True)
+        question = make_question(row, CODEC, free_text=True)
+        key_of[body_hash(make_request(server, question.prompt, data_url(question), "json_schema"))] = content_key(server, question, "json_schema")
     asked = [x for x in log if x["what"] == "asked"]
     late = [x for x in asked if x["time"] > when[key_of[x["hash"]]]]
     ends = [r["began"] for r in pair.runs[1:]] + [float("inf")]
@@ -133,7 +134,7 @@ def count_up(pair, count, seed, first, facts):
         run |= {"requests": sum(began <= x["time"] < end for x in asked), "answered": sum(x["what"] == "200" and began <= x["time"] < end for x in log),
                 "repeated": sum(began <= x["time"] < end for x in late), "cached_at_end": sum(t < end for t in when.values())}
     ids = [i for i, *_ in drafts]
-    return pair.runs, dict(rows=len(ids), duplicates=len(ids) - len(set(ids)), without_reply=sum(bool(t) and not t.startswith("the reply is empty") for _, _, t, _ in drafts), replies=len(when), requests=len(asked), repeated=len(late),
+    return pair.runs, dict(rows=len(ids), duplicates=len(ids) - len(set(ids)), without_reply=sum(bool(t) and "the reply is empty" not in t for _, _, t, _ in drafts), replies=len(when), requests=len(asked), repeated=len(late),
                            same_text_again=[c for _, c, *_ in first] == [c for _, c, *_ in drafts], **facts)
 
 

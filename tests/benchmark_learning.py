@@ -12,6 +12,7 @@ all that is there on other questions, since settings were chosen by the first. S
 names      "the red ship", two to six objects of 10 to 40 % of the side (what pretraining asks)
 referring  words of position, size or relation, and at least one more object of the same category (what it never asks)
 other      like referring, drawn with another seed
+photos     "the plane": windows of real pictures of test airports of `aerial_planes` with one plane, as pretraining cuts them; where the shared data are present
 mixed      the test split of the workshop data: all kinds of expressions, as in training; seed 0, other scenes
 """
 import argparse
@@ -22,18 +23,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-
+from conftest import SHARED
+from PIL import Image
+from pycocotools.coco import COCO
 from scipy.stats import sem, t
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
 from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
-from rsground_nb.pretrain import name_quiz
+from rsground_nb.pretrain import cut_window, name_quiz
 from rsground_nb.rewards import format_score
 from rsground_nb.scale import get_scale, start
-from rsground_nb.scenes import scene_records
-from rsground_nb.sft import sft_stage
-from rsground_nb.train import grpo_stage, on_processes, train_grpo
+from rsground_nb.scenes import as_png, scene_records
+from rsground_nb.sft import on_processes, sft_stage
+from rsground_nb.train import grpo_stage, train_grpo
 
 TABLE = Path(__file__).parent / "benchmark_learning.csv"
 HELD_OUT = 1000  # seed of all questions here; training uses 0, 1, 2
@@ -53,6 +56,25 @@ def names(count, seed):
     rows = [dict(image=r["image"], expression=r["expression"], box=list(r["box"]), width=112, height=112, category=r["expression"].split()[-1], image_id=str(k), expression_id=str(k), source="name",
                  objects=r["things"]) for k, r in enumerate(name_quiz(count, seed))]
     return to_dataset(rows)
+
+
+def photos(count, seed, split="test"):
+    """Rows of random windows of real pictures that hold one plane; None where the shared data are missing."""
+    folder = SHARED / "data" / "aerial_planes"
+    if not folder.is_dir(): return None
+    coco, rng, found = COCO(folder / split / "_annotations.coco.json"), np.random.default_rng([seed, 8]), []
+    pictures = [p for k, p in sorted(coco.imgs.items()) if coco.imgToAnns[k]]
+    while len(found) < count:
+        picture = pictures[rng.integers(len(pictures))]
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in coco.imgToAnns[picture["id"]])])
+        image = Image.open(folder / split / picture["file_name"]).convert("RGB")
+        cut = cut_window(rng, boxes, image.size)
+        if cut is None or len(cut[1]) != 1: continue
+        (x, y, side), (box,) = cut
+        window = image.resize((112, 112), Image.BICUBIC, (x, y, x + side, y + side), reducing_gap=3)
+        found.append(dict(image={"bytes": as_png(window), "path": None}, expression="the plane", box=(box * 112).tolist(), width=112, height=112, category="plane",
+                          image_id=picture["file_name"], expression_id=str(len(found)), source="photo"))
+    return to_dataset(found)
 
 
 def add_rows(rows, path=TABLE, keys=("set", "stage", "seed")):
@@ -94,6 +116,8 @@ def main():
     table = [judged("names", "base", 0, answers("tiny", named, DIRECT, 24)), judged("referring", "base", 0, base)]
     for name, test, train in (("names", named, names(2000, 0)), ("referring", rows, referring(2000, 0, "train"))):
         table += [judged(name, stage, 0, found) for stage, found in without_model(train, test).items()]
+    seen = photos(options.count, HELD_OUT)
+    if seen: table.append(judged("photos", "base", 0, answers("tiny", seen, DIRECT, 24)))
     add_rows(table)
     if options.run and options.average: average_and_judge(options.run, size, rows)
     elif options.run and options.other: judge_on_others(options.run, size, referring(options.count, HELD_OUT + 1, "test"))

@@ -1,11 +1,13 @@
-"""transformers' own server with the tiny model, for tests: as `rsground_nb.chat.serve_tiny`, and every request is written down.
+"""transformers' own server with the tiny model, for tests, and every request is written down.
 
     python tests/serve_tiny.py PORT LOG
 
 A request adds a line to LOG when it has arrived, and another when its answer has left: time, SHA-256 of the body (as JSON with sorted keys), "asked" or the HTTP status.
 """
 import json
+import os
 import sys
+import threading
 import time
 
 from faulty_server import body_hash
@@ -34,10 +36,14 @@ class Logged:
 
 
 if __name__ == "__main__":
+    import torch
+    from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    from rsground_nb.chat import serve_tiny
+    from rsground_nb.model import ASSETS
 
     build = server.build_server
     server.build_server = lambda *args, **more: Logged(build(*args, **more), sys.argv[2])
-    serve_tiny(int(sys.argv[1]))
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # as its parent does
+    torch.set_num_threads(1)
+    Serve(force_model=str(ASSETS / "tiny"), port=int(sys.argv[1]), host="127.0.0.1", device="cpu")

@@ -31,7 +31,7 @@ EXPECTED = {
     "index/non_integer.txt": ("line 2: not an integer: '00001.xml' (an index counts <object> elements, not files)", 1), "index/crlf.txt": (None, 2),
     "vrsbench/missing_key.json": ("row 0 (question_id 0): no ground_truth", 1), "vrsbench/three_coordinates.json": ("row 0 (question_id 0): 3 coordinates, need 4", 1), "vrsbench/over_100.json": ("460 is over 100", 1),
     "refgeo/broken_middle.jsonl": ("line 2: not JSON", 2), "refgeo/deep_nesting.jsonl": ("line 2: nested too deeply", 1),
-    "rrsisd/rle_wrong_sum.json": ("annotation 1: RLE covers 3000 of 3072 pixels", 0), "rrsisd/rle_swapped_size.json": ("annotation 1: mask 64x48 (h x w), image 48x64", 0),
+    "rrsisd/rle_wrong_sum.json": ("annotation 1: mask left out: RLE covers 3000 of 3072 pixels", 1), "rrsisd/rle_swapped_size.json": ("annotation 1: mask left out: mask 64x48 (h x w), image 48x64", 1),
     "rrsisd/refs(unc).p": ("pickle asks for builtins.open; only plain containers are allowed", 0), "rsvg_hr/short_line.txt": ("line 2: 4 fields, need 6 or more", 1), "yolo/wrong_numbers.txt": ("line 2: 320 is outside 0-1", 1),
 }
 
@@ -163,3 +163,41 @@ def test_a_jpeg_with_a_second_picture_is_a_jpeg(tmp_path):
     pictures[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
     with Image.open(tmp_path / "a.jpg") as opened: assert opened.format == "MPO"
     assert check_image(tmp_path / "a.jpg") == []
+
+
+def test_findings_of_one_kind_are_counted_and_ten_are_listed(tmp_path, capsys):
+    lines = [f"a.jpg,1,2,1,40,the pool number {k}" for k in range(25)] + ["a.jpg,1,2,30,40,the court"]
+    (tmp_path / "rsvg_hr_train.txt").write_text("\n".join(lines))
+    assert main(["data", "doctor", str(tmp_path / "rsvg_hr_train.txt")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "      25  no area" and len(said) == 13 and said[-1] == "... and 15 more: --all lists them"
+    assert main(["data", "doctor", str(tmp_path / "rsvg_hr_train.txt"), "--all"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 27
+
+
+def test_an_export_of_detections_says_how_many_rows_are_ambiguous(shared, capsys):
+    assert main(["data", "doctor", str(shared / "aerial_planes"), "--quick"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "152 good rows, 6996 lost" in said[0] and said[1] == "     786  ambiguous (6996 rows)" and len(said) == 13
+
+
+def test_boxes_in_another_frame_become_a_manifest_in_pixels(shared, tmp_path, capsys):
+    data, out = str(shared / "field_cases" / "boxes_as_shares"), str(tmp_path / "m.jsonl")
+    assert main(["data", "doctor", data]) == 1 and "read them with --frame shares" in capsys.readouterr().out
+    assert main(["data", "doctor", data, "--frame", "shares", "--manifest", out]) == 0
+    assert [r["box"] for r in examine(f"{out}@{data}").rows] == [pytest.approx([10, 19.8, 30, 39.6]), pytest.approx([0, 0, 100, 18])]
+    assert main(["data", "split", data, str(tmp_path / "s.jsonl"), "--frame", "shares"]) == 0
+    assert main(["data", "doctor", data, "--frame", "inches"]) == 2 and "unknown frame 'inches'" in capsys.readouterr().err
+
+
+def test_archives_and_folders_of_pictures_are_named_in_one_sentence(tmp_path, capsys):
+    for folder in ("packed", "pictures"): (tmp_path / folder).mkdir()
+    (tmp_path / "packed" / "a.zip").write_bytes(b"PK")
+    (tmp_path / "p.jsonl").write_text('{"expression_id": "a", "predicted": [1, 2, 3, 4]}')
+    shutil.copy(Path(__file__).parent.parent / "nbs" / "images" / "gallery.png", tmp_path / "pictures" / "a.png")
+    for command in (["data", "doctor", "{}"], ["data", "split", "{}", str(tmp_path / "new.jsonl")], ["evaluate", str(tmp_path / "p.jsonl"), "--data", "{}"], ["run", "--data", "{}", "--out", str(tmp_path / "run")]):
+        assert main([word.replace("{}", str(tmp_path / "packed" / "a.zip")) for word in command]) == 2
+        assert "is an archive: unpack it and name the folder" in capsys.readouterr().err
+    assert main(["data", "doctor", str(tmp_path / "pictures")]) == 0 and "no annotations here" in capsys.readouterr().out
+    assert main(["data", "split", str(tmp_path / "pictures"), str(tmp_path / "new.jsonl")]) == 2
+    assert "holds 1 pictures and no annotations" in capsys.readouterr().err

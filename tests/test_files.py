@@ -112,6 +112,12 @@ def make_yolo(root):
     return [("train", "the ship", [40, 80, 60, 120])]
 
 
+def make_dota(root):
+    picture(root / "train" / "images" / "P1.png")
+    write(root / "train" / "labelTxt" / "P1.txt", "imagesource:GoogleEarth\ngsd:0.14\n5 6 30 6 30 25 5 25 ship 0\n1 1 9 1 9 9 1 9 small-vehicle 1\n")
+    return [("train", "the ship", [5, 6, 30, 25]), ("train", "the small-vehicle", [1, 1, 9, 9])]
+
+
 def make_coco(root):
     picture(root / "images" / "a.jpg")
     write(root / "annotations" / "instances_train.json", coco_file([
@@ -133,8 +139,18 @@ def make_voc(root):
     return [("train", "the ship", [1, 2, 30, 20])]
 
 
+def make_voc_turned(root):
+    annotation(root, "a", [])
+    corners = zip(("left_top", "right_top", "right_bottom", "left_bottom"), ((5, 6), (30, 6), (30, 25), (5, 25)))
+    turned = "".join(f"<x_{c}>{x}</x_{c}><y_{c}>{y}</y_{c}>" for c, (x, y) in corners)
+    text = f"<annotation><filename>a.jpg</filename><size><width>64</width><height>48</height></size><object><name>ship</name><robndbox>{turned}</robndbox></object></annotation>"
+    write(root / "Annotations" / "Oriented Bounding Boxes" / "a.xml", text)
+    (root / "Annotations" / "a.xml").unlink()
+    return [("train", "the ship", [5, 6, 30, 25])]
+
+
 MAKERS = {"dior_rsvg": make_dior, "rsvg_hr": make_rsvg_hr, "vrsbench": make_vrsbench, "vrsbench_objects": make_vrsbench_objects, "refgeo": make_refgeo, "refer": make_refer,
-          "phrases": make_phrases, "yolo": make_yolo, "coco": make_coco, "jsonl": make_jsonl, "voc": make_voc}
+          "phrases": make_phrases, "yolo": make_yolo, "coco": make_coco, "jsonl": make_jsonl, "voc": make_voc, "dota": make_dota, "voc_turned": make_voc_turned}
 
 
 def test_every_layout_is_tested_here(): assert set(MAKERS) == set(LAYOUTS)
@@ -163,7 +179,9 @@ def test_masks_fit_their_boxes(make, tmp_path):
 
 def test_names_that_an_image_holds_twice_are_listed_not_read(tmp_path):
     make_yolo(tmp_path)
-    assert [str(f) for f in read_rows(tmp_path)[2]] == [f"labels/train/a.txt, line {line}: 2 objects are called 'the car'" for line in (2, 3)]
+    found = read_rows(tmp_path)[2]
+    assert [(str(f), f.rows) for f in found] == [("labels/train/a.txt, line 2, image images/train/a.png: 2 objects are called 'the car'", 2)]
+    assert [(r["category"], r["alike"]) for r in read_rows(tmp_path, detections=True)[1]] == [("ship", 1), ("car", 2), ("car", 2)]
 
 
 @pytest.mark.parametrize("case, message, kind", [
@@ -238,7 +256,7 @@ def test_an_image_outside_its_folder_is_never_opened(tmp_path):
 def test_single_files_are_guessed(tmp_path):
     for name, make in MAKERS.items(): make(tmp_path / name)
     cases = {"dior_rsvg": "dior_rsvg/Annotations/00007.xml", "rsvg_hr": "rsvg_hr/Annotations/rsvg_hr_test.txt", "vrsbench": "vrsbench/VRSBench_EVAL_referring.json", "refgeo": "refgeo/metainfo/avvg_train.jsonl",
-             "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml",
+             "refer": "refer/rrsisd/refs(unc).p", "phrases": "phrases/output_phrase_train.txt", "yolo": "yolo/labels/train/a.txt", "coco": "coco/annotations/instances_train.json", "jsonl": "jsonl/train.jsonl", "voc": "voc/Annotations/a.xml", "dota": "dota/train/labelTxt/P1.txt",
              "index": "dior_rsvg/train.txt", "vrsbench_objects": "vrsbench_objects/Annotations_train/P1.json"}
     assert {name: guess_format(tmp_path / path) for name, path in cases.items()} == {name: name for name in cases}
 
@@ -328,7 +346,7 @@ def test_coco_folders_with_an_image_folder_per_split(tmp_path):
     write(tmp_path / "annotations" / "captions_train2017.json", coco_file([dict(id=1, image_id=1, caption="a harbour")]))
     _, rows, findings = read_rows(tmp_path, probe=True)
     assert [(r["split"], r["image_id"]) for r in rows] == [("train", "train.jpg"), ("val", "val.jpg")]
-    assert [f.kind for f in findings] == ["crowd", "no expression"] * 2
+    assert [f.kind for f in findings] == ["no expression"] * 2 + ["crowd"] * 2
 
 
 def test_what_else_a_folder_looks_like_is_said(tmp_path):
@@ -415,7 +433,7 @@ def test_a_namespace_and_odd_sizes_in_xml(tmp_path):
         assert kinds(path) == [kind]
 
 
-@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg"]), ("width", 5e9), ("polygon", [1]),
+@pytest.mark.parametrize("field, value", [("category", 5), ("category", 0), ("category", ["a"]), ("source", 1), ("split", 3), ("mask", 3.5), ("mask", "junk"), ("expression", {"a": 1}), ("expression", 5), ("expression", "\ud800"), ("image", ["a.jpg", "b.jpg"]), ("split", "x/../.."), ("split", "a" * 41), ("split", "té"), ("width", 5e9), ("polygon", [1]),
                                           ("objects", 3), ("objects", [1]), ("objects", [dict(category="ship")]), ("objects", [dict(category="ship", box=[1, 2, 3])]), ("objects", [dict(category="\ud800", box=[1, 2, 3, 4])])])
 def test_a_field_of_the_wrong_kind_is_a_finding_and_loading_goes_on(tmp_path, field, value):
     picture(tmp_path / "a.jpg")
@@ -512,3 +530,264 @@ def test_the_first_ending_in_sorted_order_wins_and_objects_in_no_split_are_count
     make_dior(tmp_path / "dior")
     write(tmp_path / "dior" / "test.txt", "")
     assert [(f.kind, f.rows, f.kept) for f in read_rows(tmp_path / "dior")[2]] == [("unlisted", 1, False)]
+
+
+BOX, OTHER = [10, 20, 30, 25], [40, 20, 60, 25]
+ASK, ANSWER = "<image>\nLocate the red pad", json.dumps(BOX)
+
+
+def said(answer, question=ASK): return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def messages(answer, question=ASK): return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+SHAPES = {
+    "tags": dict(image="a.jpg", conversations=said("<think>at [1, 2, 3, 4]?</think><answer>[10, 20, 30, 25]</answer>")),
+    "fenced": dict(image="a.jpg", conversations=said('```json\n[{"bbox_2d": [10, 20, 30, 25], "label": "pad"}]\n```')),
+    "marks": dict(image="a.jpg", conversations=said("<|object_ref_start|>the red pad<|object_ref_end|><|box_start|>(10,20),(30,25)<|box_end|>")),
+    "internvl": dict(image="a.jpg", width=64, height=48, conversations=said("<box>[[10, 20, 30, 25]]</box>", "Where is <ref>the red pad</ref>?")),
+    "roles in conversations": dict(image=["a.jpg"], conversations=messages(ANSWER)),
+    "system turn": dict(images=["a.jpg"], messages=[dict(role="system", content="You are helpful."), *messages(ANSWER)]),
+    "parts": dict(messages=[dict(role="user", content=[dict(type="image", image="a.jpg"), dict(type="text", text="the red pad")]), dict(role="assistant", content=[dict(type="text", text=ANSWER)])]),
+    "image as an object": dict(images=[dict(path="a.jpg", bytes=None)], messages=messages(ANSWER)),
+    "ms-swift": dict(images=["a.jpg"], messages=messages("<bbox>", "<image>find <ref-object>"), objects=dict(ref=["the red pad"], bbox=[BOX])),
+    "ms-swift, shares": dict(images=["a.jpg"], messages=messages("<bbox>", "<image>find <ref-object>"), objects=dict(ref=["the red pad"], bbox=[[10 / 64, 20 / 48, 30 / 64, 25 / 48]], bbox_type="norm1")),
+    "solution as text": dict(image="a.jpg", problem="the red pad", solution="<answer>[10, 20, 30, 25]</answer>"),
+    "solution as a list of one": dict(image="a.jpg", problem="the red pad", solution=[BOX]),
+    "answer as an object": dict(images=["a.jpg"], problem="the red pad", answer=dict(bbox=BOX)),
+    "answer as a list": dict(images="a.jpg", problem="the red pad", answer=BOX),
+    "answer as objects": dict(images=["a.jpg"], problem="the red pad", answer=[dict(bbox_2d=BOX, label="pad")]),
+    "answer with corners": dict(images=["a.jpg"], problem="the red pad", answer=dict(x1=10, y1=20, x2=30, y2=25)),
+    "answer in figures": dict(images=["a.jpg"], problem="the red pad", answer=["10", "20", "30", "25"]),
+    "alpaca": dict(images=["a.jpg"], instruction="Locate", input="the red pad", output=ANSWER),
+    "query and response": dict(images=["a.jpg"], query=ASK, response=ANSWER),
+    "prompt and completion": dict(image="a.jpg", prompt=[dict(role="user", content=ASK)], completion=[dict(role="assistant", content=ANSWER)]),
+    "image_path": dict(image_path="a.jpg", question="the red pad", answer=ANSWER),
+    "another box outside the answer": dict(image="a.jpg", conversations=said("Not [1, 2, 3, 4]: <answer>[10, 20, 30, 25]</answer>")),
+    "the same box twice": dict(image="a.jpg", conversations=said("[10, 20, 30, 25], that is (10, 20), (30, 25)")),
+}
+REFUSED = {
+    "two in a list": (dict(image="a.jpg", problem="x", solution=[BOX, OTHER]), "more than one box"),
+    "two in an object": (dict(image="a.jpg", problem="x", answer=dict(bbox=[BOX, OTHER])), "more than one box"),
+    "two in a text": (dict(images=["a.jpg"], messages=messages(f"{BOX} and {OTHER}")), "more than one box"),
+    "two in ms-swift": (dict(images=["a.jpg"], messages=messages("<bbox><bbox>"), objects=dict(ref=[], bbox=[BOX, OTHER])), "more than one box"),
+    "two in braces": (dict(image="a.jpg", conversations=said("{<1><2><3><4>}{<5><6><7><8>}")), "more than one box"),
+    "two images": (dict(images=["a.jpg", "b.jpg"], messages=messages(ANSWER)), "2 images"),
+    "no image": (dict(images=[], messages=messages(ANSWER)), "no images"),
+    "a question alone": (dict(image="a.jpg", conversations=said(ANSWER)[:1]), "question, answer"),
+    "unknown names": (dict(image="a.jpg", problem="x", coords=BOX), "nearest: image + problem + solution"),
+    "five numbers": (dict(image="a.jpg", problem="x", solution=[*BOX, 0.9]), "5 coordinates"),
+    "nested too deeply": (dict(image="a.jpg", problem="x", solution=[[[[[[[[BOX]]]]]]]]), "no box"),
+}
+
+
+def fine_tuning_file(path, row, form):
+    picture(path / "a.jpg")
+    text = {"list": json.dumps([row]), "lines": json.dumps(row) + "\n", "pretty": json.dumps([row], indent=2)}[form[0]]
+    (path / f"train.{form[1]}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return read_rows(path)
+
+
+FORMS = [("list", "json"), ("lines", "jsonl"), ("lines", "json"), ("pretty", "json"), ("list", "jsonl")]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_fine_tuning_row_is_read_in_every_shape_and_form(tmp_path, name):
+    for form in FORMS:
+        format, rows, findings = fine_tuning_file(tmp_path / form[0] / form[1], SHAPES[name], form)
+        assert format == "jsonl" and findings == [] and [r["box"] for r in rows] == [pytest.approx(BOX)] and rows[0]["image_id"] == "a.jpg"
+        assert "the red pad" in rows[0]["expression"] or name == "marks" and "<" not in rows[0]["expression"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_row_is_said_with_its_reason(tmp_path, name):
+    row, message = REFUSED[name]
+    for form in FORMS[:2]:
+        _, rows, findings = fine_tuning_file(tmp_path / form[0], row, form)
+        assert rows == [] and [message in str(f) for f in findings] == [True], findings
+
+
+def test_every_question_of_a_conversation_is_a_row(tmp_path):
+    turns = said(ANSWER) + said(str(OTHER), "and the green one?") + said("none", "and the blue one?")
+    _, rows, findings = fine_tuning_file(tmp_path, dict(image="a.jpg", conversations=turns), FORMS[1])
+    assert [(r["expression_id"], r["box"]) for r in rows] == [("train:1", BOX), ("train:1:1", OTHER)]
+    assert [str(f) for f in findings] == ["train.jsonl, line 1, question 2: no [x1, y1, x2, y2] in the answer"]
+
+
+COCO_PLACES = ["annotations/instances.json", "annotations/instances_default.json", "annotations/instances_train2017.json", "annotations/train.json", "annotations/train_coco.json",
+               "result.json", "instances.json", "train.json", "annotations.json", "_annotations.coco.json"]
+
+
+@pytest.mark.parametrize("place", COCO_PLACES)
+@pytest.mark.parametrize("image", ["images/a.jpg", "images/train/a.jpg", "images/default/a.jpg", "train2017/a.jpg", "a.jpg"])
+def test_coco_is_found_wherever_exports_put_it(tmp_path, place, image):
+    picture(tmp_path / image)
+    write(tmp_path / place, coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19])]))
+    format, rows, findings = read_rows(tmp_path, probe=True)
+    assert (format, findings) == ("coco", []) and [(r["box"], r["split"], r["category"]) for r in rows] == [([5, 6, 30, 25], "train", "ship")]
+
+
+def test_label_studio_names_its_images_from_the_root(tmp_path):
+    for name in ("images/a.jpg", "images\\a.jpg", "./images/a.jpg"):
+        picture(tmp_path / "images" / "a.jpg")
+        whole = coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19])])
+        whole["images"][0]["file_name"] = name
+        write(tmp_path / "result.json", whole)
+        assert len(read_rows(tmp_path)[1]) == 1
+
+
+@pytest.mark.parametrize("segmentation", [[[5, 6, 30, 25]], [[5, 6, 30, 6, 30]], "text", 5, [["x"] * 6], [[]], [None], [[[5, 6], [30, 6], [30, 25]]], dict(size=[48, 64], counts=[5, 5]), dict(size=[64, 48], counts=[3072]), [[1, 2, 1e9, 4, 5, 6]]])
+def test_a_broken_segmentation_costs_the_mask_alone_and_a_good_polygon_beside_it_stays(tmp_path, segmentation):
+    good = [5, 6, 30, 6, 30, 25, 5, 25]
+    several = segmentation if isinstance(segmentation, list) else []
+    for found, mask in [(segmentation, None)] + [([good, *several], (5, 6, 30, 25))] * bool(several):
+        write(tmp_path / "a.json", coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19], segmentation=found)]))
+        _, rows, findings = read_rows(tmp_path / "a.json")
+        assert [r["box"] for r in rows] == [[5, 6, 30, 25]] and (rows[0]["mask"] and mask_box(rows[0]["mask"])) == mask
+        assert [(f.kind, f.kept) for f in findings] == [("bad mask", True)]
+
+
+@pytest.mark.parametrize("number", [float, str])
+def test_ids_of_coco_may_be_floats_or_texts_and_the_size_may_be_missing(tmp_path, number):
+    picture(tmp_path / "images" / "a.jpg")
+    whole = dict(images=[dict(id=number(1), file_name="a.jpg", width=None)], categories=[dict(id=1, name="ship")], annotations=[dict(id=number(7), image_id=1, category_id=number(1), bbox=[5, 6, 25, 19])])
+    write(tmp_path / "instances.json", whole)
+    if number is str: whole["categories"][0]["id"] = "1"
+    _, rows, findings = read_rows(tmp_path)
+    assert findings == [] and [(r["category"], r["width"]) for r in rows] == [("ship", 64)]
+
+
+def test_ids_of_an_export_name_their_split(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / split / f"{split}.jpg")
+        whole = coco_file([dict(id=1, image_id=1, category_id=1, bbox=[5, 6, 25, 19])])
+        whole["images"][0]["file_name"] = f"{split}.jpg"
+        write(tmp_path / split / "_annotations.coco.json", whole)
+    assert [(r["expression_id"], r["split"]) for r in read_rows(tmp_path)[1]] == [("train:1", "train"), ("valid:1", "val")]
+    assert read_rows(tmp_path / "valid" / "_annotations.coco.json")[1][0]["expression_id"] == "valid:1"
+
+
+@pytest.mark.parametrize("line, polygon, mask", [
+    ("0 .25 .25 .5 .25 .5 .5 .25 .5", [16, 12, 32, 12, 32, 24, 16, 24], None), ("0 .25 .25 .5 .25 .5 .5", None, (17, 12, 32, 24)), ("0.0 .25 .25 .4 .25 .5 .4 .5 .5 .25 .5", None, (16, 12, 32, 24)), ("0.0\t.375\t.375\t.25\t.25", None, None)])
+def test_yolo_lines_hold_boxes_corners_or_polygons(tmp_path, line, polygon, mask):
+    for labels, images in (("labels/train", "images/train"), ("train/labels", "train/images"), ("labels", "images")):
+        root = tmp_path / labels.replace("/", "_")
+        picture(root / images / "a.png")
+        write(root / labels / "a.txt", line)
+        write(root / "data.yaml", "names: [pad]\n")
+        format, rows, findings = read_rows(root)
+        assert (format, findings) == ("yolo", []) and [(r["box"], r.get("polygon")) for r in rows] == [([16, 12, 32, 24], polygon)]
+        assert (mask_box(rows[0]["mask"]) if mask else rows[0].get("mask")) == mask
+        assert guess_format(root / labels / "a.txt") == "yolo"
+
+
+def test_a_label_with_a_confidence_is_refused_with_the_reason(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    write(tmp_path / "labels" / "a.txt", "0 .5 .5 .2 .2 .93")
+    assert "5 numbers after the class: need 4 (box), 8 (four corners)" in str(read_rows(tmp_path)[2][0])
+
+
+@pytest.mark.parametrize("folder", ["labelTxt", "train/labelTxt", "labelTxt-v1.5", "labelTxt/train", "train/annfiles"])
+def test_dota_keeps_corners_category_and_what_is_difficult(tmp_path, folder):
+    images = "train/images" if folder.startswith("train") else "images/train" if folder.endswith("train") else "images"
+    picture(tmp_path / images / "P1.png")
+    lines = ["imagesource:GoogleEarth", "gsd:null", "5.0 6.0 30 6 30 25 5 25 ship 0", "1 30 9 30 9 40 1 40 pad 1", "1 2 3 4 5 6 7 8", "50 30 90 30 90 40 50 40 swimming-pool 0"]
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "P1.txt").write_bytes("\r\n".join(lines).encode())
+    format, rows, findings = read_rows(tmp_path)
+    assert format == "dota" and [(r["category"], r["box"], r["doubtful"]) for r in rows] == [("ship", [5, 6, 30, 25], None), ("pad", [1, 30, 9, 40], "difficult"), ("swimming-pool", [50, 30, 90, 40], None)]
+    assert rows[0]["polygon"] == [5, 6, 30, 6, 30, 25, 5, 25] and [(f.kind, f.line) for f in findings] == [("wrong fields", 5), ("over the edge", 6)]
+
+
+@pytest.mark.parametrize("encoding, name", [("GB2312", "停机坪"), ("GBK", "停机坪"), ("gb18030", "停机坪"), ("Big5", "停機坪"), ("Shift_JIS", "車"), ("EUC-KR", "차"), ("windows-1252", "café"), ("utf-16", "停机坪")])
+def test_xml_is_read_in_the_encoding_that_it_declares(tmp_path, encoding, name):
+    annotation(tmp_path, "a", [OBJECT.format(name, 1, 2, 30, 20, "")])
+    path = tmp_path / "Annotations" / "a.xml"
+    path.write_bytes((f'<?xml version="1.0" encoding="{encoding}"?>' + path.read_text()).encode(encoding))
+    format, rows, findings = read_rows(tmp_path)
+    assert (format, findings) == ("voc", []) and [r["category"] for r in rows] == [name]
+
+
+@pytest.mark.parametrize("head", ['<?xml version="1.0" encoding="zlib"?>', '<?xml version="1.0" encoding="nowhere"?>', '<?xml version="1.0" encoding="GBK"?><!DOCTYPE a [<!ENTITY x "y">]>'])
+def test_an_encoding_opens_no_door(tmp_path, head):
+    annotation(tmp_path, "a", [OBJECT.format("ship", 1, 2, 30, 20, "")])
+    path = tmp_path / "Annotations" / "a.xml"
+    path.write_text(head + path.read_text())
+    assert kinds(path) == ["unreadable"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf_16_is_named(tmp_path, encoding):
+    row = dict(image="a.jpg", expression="the ship", box=[1, 2, 30, 20])
+    for k, (name, text) in enumerate({"train.jsonl": json.dumps(row), "train.json": json.dumps([row]), "annotations/instances.json": json.dumps(coco_file([])), "labels/a.txt": "0 .5 .5 .2 .2"}.items()):
+        picture(tmp_path / str(k) / "images" / "a.jpg")
+        write(tmp_path / str(k) / name, "")
+        (tmp_path / str(k) / name).write_bytes(text.encode(encoding))
+        assert ["UTF-16" in f.message for f in read_rows(tmp_path / str(k))[2]] == [True]
+
+
+def spread_boxes(count, width, height):
+    """Boxes all over a picture, as shares of its sides."""
+    start = np.random.default_rng(0).uniform(0, 0.8, (count, 2))
+    return np.hstack([start, start + 0.15])
+
+
+@pytest.mark.parametrize("size", [(100, 60), (640, 360), (800, 800), (1600, 1200), (4000, 3000)])
+@pytest.mark.parametrize("frame, scale", [("pixels", 0), ("shares", 1), ("percent", 100), ("thousandths", 1000), ("xywh", 0)])
+def test_boxes_in_another_frame_are_said_and_read_with_the_flag(tmp_path, size, frame, scale):
+    shares = spread_boxes(30, *size)
+    pixels = shares * np.tile(size, 2)
+    written = shares * scale if scale else pixels
+    if frame == "xywh": written = np.hstack([pixels[:, :2], pixels[:, 2:] - pixels[:, :2]])
+    rows = [dict(image="a.jpg", width=size[0], height=size[1], expression=f"thing {k}", box=list(b)) for k, b in enumerate(written.tolist())]
+    write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, rows)))
+    flags = [f.message.split("--frame ")[1] for f in read_rows(tmp_path / "train.jsonl")[2] if f.kind == "other frame"]
+    assert flags == ([] if frame == "pixels" else [frame])
+    if flags:
+        _, found, findings = read_rows(tmp_path / "train.jsonl", frame=frame)
+        assert findings == [] and np.allclose([r["box"] for r in found], pixels)
+    if flags and size == (100, 60):
+        picture(tmp_path / "a.jpg", size)
+        with pytest.warns(UserWarning, match=f"--frame {frame}"): load_folder(tmp_path)
+
+
+def test_coco_boxes_written_as_corners_are_said(tmp_path):
+    boxes = spread_boxes(20, 64, 48) * (64, 48, 64, 48)
+    write(tmp_path / "a.json", coco_file([dict(id=k, image_id=1, category_id=1, caption=f"thing {k}", bbox=b) for k, b in enumerate(boxes.tolist())]))
+    assert [f.message.split("--frame ")[1] for f in read_rows(tmp_path / "a.json")[2] if f.kind == "other frame"] == ["corners"]
+    _, rows, findings = read_rows(tmp_path / "a.json", frame="corners")
+    assert findings == [] and np.allclose([r["box"] for r in rows], boxes)
+    make_yolo(tmp_path / "yolo")
+    with pytest.raises(ValueError, match="has a frame of its own"): read_rows(tmp_path / "yolo", frame="shares")
+    with pytest.raises(ValueError, match="unknown frame 'inches': use one of shares"): read_rows(tmp_path / "a.json", frame="inches")
+
+
+def test_what_is_no_dataset_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    picture(tmp_path / "pictures" / "a.jpg")
+    write(tmp_path / "pictures" / "note.txt", "hello")
+    write(tmp_path / "named" / "my_rows.jsonl", json.dumps(dict(image="a.jpg", expression="the ship", box=[1, 2, 30, 20])))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "b.tar.gz").write_bytes(b"\x1f\x8b")
+    for name, message in (("a.zip", "is an archive: unpack it"), ("pictures", "holds 1 pictures and no annotations"), ("pictures/a.jpg", "is a picture"), ("named", "the file 'my_rows.jsonl' in it looks like jsonl"), ("packed", "holds the archive 'b.tar.gz'"), ("x" * 5000, "is not a folder or file")):
+        with pytest.raises(ValueError, match=message): read_rows(tmp_path / name)
+    with pytest.raises(ValueError, match="is not a folder of images"): read_rows(tmp_path / "named" / "my_rows.jsonl", images=tmp_path / "nowhere")
+
+
+def test_detections_keep_crowds_and_objects_of_one_name(tmp_path):
+    write(tmp_path / "a.json", coco_file([dict(id=k, image_id=1, category_id=1, bbox=[5 * k, 6, 4, 19], iscrowd=int(k == 2)) for k in range(3)]))
+    _, rows, findings = read_rows(tmp_path / "a.json", detections=True)
+    assert [(r["alike"], r["doubtful"]) for r in rows] == [(3, None), (3, None), (3, "crowd")] and findings == []
+    assert sorted((f.kind, f.rows) for f in read_rows(tmp_path / "a.json")[2]) == [("ambiguous", 2), ("crowd", 1)]
+
+
+@pytest.mark.parametrize("name, text", [("a.txt", "0" + " -1" * 30_000 + " x"), ("a.txt", "1 " * 50_000), ("a.json", "{}" + "\n" * 1_000_000), ("a.json", "{" + " " * 1_000_000)])
+def test_the_format_of_a_file_made_to_take_forever_is_guessed(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert guess_format(tmp_path / name) in (None, "phrases", "yolo")
+
+
+@pytest.mark.parametrize("piece", ["[1, 2, ", "<think>", '{"bbox": [', "(1,2),", "</think>"])
+def test_an_answer_made_to_take_forever_is_read_to_the_end(tmp_path, piece):
+    assert len(fine_tuning_file(tmp_path, dict(image="a.jpg", problem="x", solution=piece * 100_000), FORMS[1])[2]) == 1

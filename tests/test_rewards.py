@@ -1,4 +1,9 @@
+import importlib
 import math
+import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,8 +11,10 @@ import torch
 from hypothesis import given, strategies as st
 
 from rsground_nb.boxes import Codec, diou, giou, iou, parse_completion
-from rsground_nb.rewards import box_rewards, dious, format_score, gious, ious, make_rewards, positional
+from conftest import ROOT
+from rsground_nb.rewards import BoxReward, box_rewards, dious, format_reward, format_score, gious, iou_reward, ious, make_rewards, positional, positional_reward, text_of
 from rsground_nb.rivals import box_explorer, reward_table
+from rsground_nb.train import watched
 
 at, extent = st.floats(0, 1000), st.floats(1, 300)
 boxes = st.tuples(at, at, extent, extent).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
@@ -178,3 +185,104 @@ def test_the_misplaced_bracket_shows_in_the_anchors_and_beside_the_format_reward
     u, form = np.array([0.3, 0.6, 0.9, 0]), np.array([1, 1, 0, 0])
     assert standardised(form + meant(u))[2] > -0.1 and standardised(form + written(u))[2] < -0.5
     assert standardised(form + math.e * written(u)) == pytest.approx(standardised(form + meant(u)))
+
+
+# what a trainer hands over
+
+RIGHT = "<think>Here.</think><answer>[40, 40, 60, 60]</answer>"
+ROW = dict(box=[[40, 40, 60, 60]], width=[1000], height=[1000])
+
+
+@pytest.mark.parametrize("completion, text", [
+    (None, ""), ("", ""), ("a", "a"), ([], ""), ([{"role": "assistant"}], ""), ([{"role": "assistant", "content": None, "tool_calls": [{}]}], ""), ([{"role": "assistant", "content": ""}], ""),
+    ([{"role": "assistant", "content": []}], ""), ([{"role": "assistant", "content": "first"}, {"role": "user", "content": "no"}, {"role": "assistant", "content": "last"}], "last"),
+    ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": object()}, {"type": "image_url", "image_url": {"url": "x"}}, {"text": "b"}, "c", None, 3]}], "abc"),
+    ([{"role": "assistant", "content": {"type": "text", "text": "a"}}], "a"), ([{"role": "assistant", "content": [{"type": "text", "text": None}, {"type": "text"}]}], ""),
+    ({"role": "assistant", "content": "a"}, "a"), ([{"role": "assistant", "content": [{"type": "thinking", "text": "no"}, {"type": "text", "text": "a"}]}], "a")])
+def test_the_text_of_a_completion(completion, text):
+    assert text_of(completion) == text
+    assert [f([completion], **ROW) for f in make_rewards(Codec())] == [[0.0]] * 3
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [{"role": "assistant", "content": t}], lambda t: [{"role": "assistant", "content": "[0, 0, 1, 1]"}, {"role": "assistant", "content": [{"type": "text", "text": t[:9]}, {"type": "text", "text": t[9:]}]}]])
+def test_a_right_answer_earns_the_same_in_every_wrapping(wrap):
+    assert [f([wrap(RIGHT)], **ROW) for f in make_rewards(Codec())] == [[1.0]] * 3
+
+
+def test_a_row_without_a_box_earns_none():
+    columns = dict(box=[None, [40, 40, 60, 60], []], width=[None, 1000, 1000], height=[None, 1000, 1000])
+    for f in make_rewards(Codec()): assert f([RIGHT] * 3, **columns) == watched(f)([RIGHT] * 3, **columns) == [None, 1.0, None]
+    for f in make_rewards(Codec()): assert f([RIGHT] * 2, box=[None] * 2, width=[None] * 2, height=[None] * 2) == [None, None]
+    assert format_reward([RIGHT, "no"]) == [1.0, 0.0]  # the form needs no columns
+
+
+@pytest.mark.parametrize("columns, missing", [({}, "box, width, height"), (dict(bbox=[[40, 40, 60, 60]], width=[9], height=[9]), "box"), (dict(box=[[40, 40, 60, 60]]), "width, height")])
+def test_missing_columns_are_named(columns, missing):
+    for f in make_rewards(Codec())[1:]:
+        with pytest.raises(ValueError, match=rf"^{f.__name__} needs the columns box \(\[x1, y1, x2, y2\]\), width and height, in pixels of the original image: the rows have no {missing}$"): f([RIGHT], **columns)
+
+
+@pytest.mark.parametrize("columns", [dict(box=[[40, 40, 60]]), dict(box=[[[40, 40, 60, 60], [1, 1, 2, 2]]]), dict(box=["40, 40, 60, 60"]), dict(box=[[40, 40, 60, "x"]]), dict(width=[None]), dict(height=[0]), dict(width=["wide"]), dict(box=[[40, None, 60, 60]])])
+def test_a_row_that_is_no_box_is_named(columns):
+    with pytest.raises(ValueError, match="row 1 of the batch has box"): iou_reward([RIGHT] * 2, **{n: values + columns.get(n, values) for n, values in ROW.items()})
+    with pytest.raises(ValueError, match="one value for each of the 2 completions"): iou_reward([RIGHT] * 2, **ROW)
+
+
+@pytest.mark.parametrize("name", ["format_reward", "iou_reward", "positional_reward"])
+def test_rewards_have_an_import_path_and_can_be_pickled(name):
+    found = getattr(importlib.import_module("rsground_nb.rewards"), name)
+    for f in (found, pickle.loads(pickle.dumps(found))): assert f.__name__ == name and f([RIGHT], **ROW) == [1.0]
+
+
+def test_made_rewards_can_be_pickled_and_run_in_another_process(tmp_path):
+    made = make_rewards(Codec("qwen3_vl"), 2.0, "giou")
+    (tmp_path / "rewards").write_bytes(pickle.dumps(made))
+    program = f"import pickle; print([f([{RIGHT!r}], box=[[40, 40, 70, 60]], width=[2000], height=[500]) for f in pickle.load(open({str(tmp_path / 'rewards')!r}, 'rb'))])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == str([f([RIGHT], box=[[40, 40, 70, 60]], width=[2000], height=[500]) for f in made]), done.stderr
+
+
+def test_a_column_names_the_codec_of_each_row():
+    columns = dict(box=[[80.0, 20, 120, 30]] * 2, width=[2000] * 2, height=[500] * 2, codec=["qwen3_vl", "pixel"])
+    assert iou_reward([RIGHT] * 2, **columns)[0] == pytest.approx(1) and iou_reward([RIGHT] * 2, **columns)[1] == 0
+    assert BoxReward("iou", Codec("qwen3_vl"))([RIGHT], **{n: v[:1] for n, v in columns.items() if n != "codec"}) == [pytest.approx(1)]
+    with pytest.raises(ValueError, match="unknown codec 'yolo'"): iou_reward([RIGHT], **{**ROW, "codec": ["yolo"]})
+
+
+def test_a_group_without_an_iou_has_weight_1():
+    """One question's rows have no box: its IoU is None for all rollouts."""
+    from test_trainer import ROWS as QUESTIONS, G, told
+
+    trainer = told(rows=[{**QUESTIONS[0], "box": None}, *QUESTIONS[1:3]], max_steps=1, shuffle_dataset=False)
+    trainer.train()
+    weights = trainer._rollout_weights.view(-1, G)
+    assert weights[0].tolist() == [1.0] * G and (weights[1:] > 1).all()
+
+
+def test_the_example_of_the_readme_trains_with_trls_own_trainer(tmp_path, monkeypatch):
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S) if "GRPOTrainer" in block]
+    monkeypatch.chdir(tmp_path)
+    page = {}
+    exec(example, page)
+    log = page["trainer"].state.log_history
+    assert type(page["trainer"]).__module__.startswith("trl.") and {f"rewards/{n}_reward/mean" for n in ("format", "iou", "positional")} <= set(log[0])
+
+
+@pytest.mark.parametrize("widths", [-40, -12, -10, -3, 0, 3, 9, 10, 11, 20, 45])
+def test_the_area_reading_keeps_its_digits_far_away(widths):
+    """Against the integral of the kernel, whose terms are all positive: nothing cancels."""
+    lo, scale = 20.0 * widths, 1 / (2 * 25 ** 2)
+    at = lo + (POINTS + 1) / 2 * 20 - 10
+    mean = (WEIGHTS * np.exp(-at ** 2 * scale)).sum() / 2
+    middle = (WEIGHTS * np.exp(-((POINTS + 1) / 2 * 20 - 10) ** 2 * scale)).sum() / 2
+    assert one((lo, 0, lo + 20, 20), (0, 0, 20, 20), reading="area") == pytest.approx(mean * middle, rel=1e-8) and mean > 0
+
+
+@pytest.mark.parametrize("name", box_rewards())
+def test_no_finite_number_makes_a_reward_leave_its_range_or_spoils_a_slope(name):
+    for size in (1e-300, 1e-99, 1e9, 1e99, 1e150, 1e308):
+        both = [(0, 0, size, size), (-size, -size, size, size), (size / 2, 0, size, 20), (0, 0, 20, 20)]
+        said = torch.tensor([b for b in both for _ in both], dtype=torch.float64, requires_grad=True)
+        value = box_rewards()[name](said, torch.tensor(both * 4, dtype=torch.float64), 100.0)
+        assert ((value >= -1) & (value <= 1 + 1e-12)).all(), size
+        if value.requires_grad: assert torch.isfinite(torch.autograd.grad(value.sum(), said)[0]).all(), size

@@ -13,7 +13,9 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer as trl_grpo
 from peft import get_peft_model
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import (GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig,
+                          Qwen3VLMoeForConditionalGeneration)
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -21,6 +23,7 @@ import rsground_nb.rollouts
 import rsground_nb.train
 from rsground_nb.data import load_data
 from rsground_nb.model import REASON, codec_of, load_tiny, load_vlm, lora_config, to_prompt
+from rsground_nb.rewards import text_of
 from rsground_nb.rollouts import accept_encoded, by_group, by_rollout, draw_tokens, encode_images, per_rollout, score_rollouts, share_attention, write_rollouts
 from rsground_nb.scale import get_scale, start
 from rsground_nb.train import grpo_rows, grpo_trainer
@@ -155,7 +158,7 @@ def grpo(share, folder, monkeypatch, size=SMALL, prepare=lambda trainer: None, *
         start(0)
         model, processor = load_vlm("tiny")
         trainer = grpo_trainer(model, processor, grpo_rows(load_data("scenes", size, 0)[0]["train"]), codec_of(model.config.model_type, processor), size, 0, folder, disable_tqdm=True, share_prompt=share, temperature=1.5, optim="sgd", learning_rate=0.02, **kwargs)
-        trainer.reward_funcs[1] = lambda completions, **columns: [len(c[0]["content"]) / 1000 for c in completions]  # the base does not answer in form; lengths differ
+        trainer.reward_funcs[1] = lambda completions, **columns: [len(text_of(c)) / 1000 for c in completions]  # the base does not answer in form; lengths differ
         prepare(trainer)
         seen, process = dict(processed=0, encoded=0), type(processor.image_processor).preprocess
         def count(name, number): seen[name] += number
@@ -225,12 +228,148 @@ def test_same_training_run_on_two_processes(tmp_path):
     assert all(torch.allclose(a[n], b[n], atol=1e-5) and b[n].equal(c[n]) for n in a) and any(not a[n].equal(p) for n, p in load_tiny()[0].named_parameters() if n in a)
 
 
-@pytest.mark.parametrize("settings, reason", [(dict(per_device_train_batch_size=6, gradient_accumulation_steps=2), "whole groups"), (dict(top_p=0.9), "top_p"), (dict(generation_kwargs=dict(num_beams=2)), r"num_beams.*share_prompt=\('image', 'loss'\)"), (dict(share_prompt=["images"]), "use True, False or some of")])
-def test_refused(settings, reason, tmp_path):
-    model, processor = load_vlm("tiny")
-    with pytest.raises(ValueError, match=reason): grpo_trainer(model, processor, grpo_rows(load_data("scenes", SMALL, 0)[0]["train"]), codec_of("qwen3_vl", processor), SMALL, 0, tmp_path, disable_tqdm=True, **settings)
+@pytest.fixture(scope="module")
+def little_rows():
+    return grpo_rows(load_data("scenes", SMALL, 0)[0]["train"])
+
+
+def trainer_with(rows, folder, model=None, processor=None, **settings):
+    if model is None: model, processor = load_vlm("tiny")
+    codec = codec_of("qwen3_vl", processor)
+    return grpo_trainer(model, processor, rows, codec, SMALL, 0, folder, disable_tqdm=True, **settings)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(per_device_train_batch_size=6, gradient_accumulation_steps=2), "whole groups"),
+    (dict(top_p=0.9), "top_p"), (dict(top_k=20), "top_k"), (dict(min_p=0.1), "min_p"),
+    (dict(repetition_penalty=1.1), "repetition_penalty"),
+    (dict(share_prompt=["images"]), "use True, False or some of")])
+def test_refused(settings, reason, tmp_path, little_rows):
+    with pytest.raises(ValueError, match=reason): trainer_with(little_rows, tmp_path, **settings)
+    model, _ = load_vlm("tiny")
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="eager"): share_attention(model)
+
+
+ODD = dict(
+    epsilon_cutoff=3e-4, eta_cutoff=3e-4, sequence_bias=[[[5], 2.0]], exponential_decay_length_penalty=(5, 1.1),
+    top_h=0.4, max_time=1.0, num_beams=2, typical_p=0.9, no_repeat_ngram_size=2, min_new_tokens=3, min_length=3,
+    bad_words_ids=[[5]], begin_suppress_tokens=[5], forced_bos_token_id=5, forced_eos_token_id=5, stop_strings="x",
+    guidance_scale=1.5, remove_invalid_values=True, token_healing=True, watermarking_config=dict(bias=2.0),
+    num_return_sequences=2, prompt_lookup_num_tokens=3, cache_implementation="static", eos_token_id=[5],
+    penalty_alpha=0.6, max_new_tokens=None, temperature=0.0, mirostat_tau=5.0, top_a=0.2)
+
+
+@pytest.fixture(scope="module")
+def rules_of(tmp_path_factory, little_rows):
+    """What generation_rules says to generation_kwargs and a model's own generation_config."""
+    trainer = trainer_with(little_rows, tmp_path_factory.mktemp("rules"))
+    def rules(given, of_model=()):
+        before = trainer.generation_config, trainer.model.generation_config
+        trainer.generation_config = GenerationConfig(**{**trainer.generation_kwargs, **given})
+        trainer.model.generation_config = GenerationConfig(**dict(of_model))
+        try: return rsground_nb.rollouts.generation_rules(trainer)
+        finally: trainer.generation_config, trainer.model.generation_config = before
+    return rules
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_setting_that_is_not_honoured_is_refused_by_name(name, rules_of):
+    with pytest.raises(ValueError, match=rf"{{.*'{name}'.*share_prompt=\('image', 'loss'\)"):
+        rules_of({name: ODD[name]})
+
+
+@pytest.mark.parametrize("name", ["epsilon_cutoff", "sequence_bias", "max_time", "no_repeat_ngram_size"])
+def test_a_setting_of_the_model_itself_is_refused_too(name, rules_of):
+    with pytest.raises(ValueError, match=f"{{'{name}'"): rules_of({}, {name: ODD[name]})
+
+
+def test_what_is_honoured_or_neutral_passes(rules_of):
+    chosen = dict(max_new_tokens=7, suppress_tokens=[3], temperature=0.5, do_sample=False)
+    assert rules_of(chosen) == chosen
+    assert rules_of(dict(temperature=None), dict(temperature=0.3))["temperature"] == 0.3  # as in generate
+    with pytest.raises(ValueError, match="'top_k': 50"): rules_of(dict(top_k=None))  # generate's default
+    rules_of(dict(top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0, num_beams=1, min_new_tokens=0, use_cache=True,
+                  no_repeat_ngram_size=0, epsilon_cutoff=0.0, renormalize_logits=True, remove_invalid_values=False))
+    qwen = dict(do_sample=True, top_k=1, top_p=0.001, temperature=0.1, repetition_penalty=1.05,
+                bos_token_id=1, pad_token_id=1, eos_token_id=[1, 2])
+    rules_of({}, qwen)  # what the real models bring; TRL says otherwise
+
+
+def test_a_trainer_refuses_when_it_is_made(tmp_path, little_rows):
+    asked = dict(top_h=0.4, mirostat=2)
+    with pytest.raises(ValueError, match="'top_h': 0.4, 'mirostat': 2"):
+        trainer_with(little_rows, tmp_path, generation_kwargs=asked)
+    trainer_with(little_rows, tmp_path, generation_kwargs=asked, share_prompt=("image", "loss"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_raise_as_in_generate(bad):
+    model, processor = tiny("tiny")
+    many, once = questions(processor, G), lists(questions(processor, 1))
+    with torch.no_grad(): model.model.language_model.norm.weight[0] = bad
+    with pytest.raises(RuntimeError, match="nan"): generated(model, many, do_sample=True, eos_token_id=[0])
+    share_attention(model)
+    with pytest.raises(RuntimeError, match="hold nan or inf or sum to 0"):
+        write_rollouts(model, *once, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_prompts_without_a_picture(plain, tmp_path, monkeypatch):
+    """Plain text, and a conversation of text."""
+    def ask(rows):
+        text = lambda row: row["prompt"][0]["content"][1]["text"]
+        prompt = text if plain else lambda row: [{"role": "user", "content": text(row)}]
+        return [dict(prompt=prompt(row), box=row["box"], width=row["width"], height=row["height"]) for row in rows]
+    def without_pictures(trainer): trainer.data_collator = ask
+    size = replace(SMALL, rows_per_pass=16, grpo_steps=2)
+    (usual, before), (ours, after) = (grpo(share, tmp_path / str(share), monkeypatch, size, without_pictures)
+                                      for share in (False, True))
+    assert usual.attrs["encoded"] == ours.attrs["encoded"] == 0 and usual.grad_norm.gt(0).all()
+    np.testing.assert_allclose(ours.to_numpy(float), usual.to_numpy(float), rtol=2e-4, atol=1e-5)
+    assert max((before[n] - after[n]).abs().max().item() for n in before) < 1e-5
+
+
+def experts(processor, was):
+    """A random Qwen3-VL with a mixture of four experts, in the sizes of the configuration given."""
+    text = dict(was.text_config.to_dict(), model_type="qwen3_vl_moe_text", moe_intermediate_size=64,
+                num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.01, decoder_sparse_step=1,
+                mlp_only_layers=[])
+    vision = dict(was.vision_config.to_dict(), model_type="qwen3_vl_moe_vision")
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: getattr(was, name) for name in names}
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids))
+    model.generation_config = GenerationConfig(pad_token_id=processor.tokenizer.pad_token_id)
+    return model
+
+
+def test_load_balancing_loss_of_experts_is_refused_in_a_shared_loss(tmp_path, little_rows):
+    tiny_model, processor = load_vlm("tiny")
+    def make(**how):
+        return trainer_with(little_rows, tmp_path, experts(processor, tiny_model.config), processor, **how)
+    advice = r"load-balancing.*router_aux_loss_coef=0 or set share_prompt=\('image', 'prefill'\)"
+    with pytest.raises(ValueError, match=advice): make()
+    assert not make(router_aux_loss_coef=0.0).aux_loss_enabled
+    kept = make(share_prompt=("image", "prefill"), max_steps=1, check_gradients=False)
+    kept.train()
+    assert any("aux_loss" in row for row in kept.state.log_history)
+
+
+def test_lora_dropout_shares_one_mask_over_a_prompt():
+    model, processor = tiny("tiny")
+    config = lora_config(8)
+    config.lora_dropout = 0.5
+    model = get_peft_model(model.requires_grad_(False), config).train()
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
+    share_attention(model)
+    prompts, _, types, *pictures = lists(questions(processor, 1))
+    seen = []
+    mask = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.lora_dropout["default"]
+    mask.register_forward_hook(lambda module, given, found: seen.append((found == 0).float().mean(-1)))
+    score_rollouts(model, prompts, [torch.tensor([20, 21, 22])] * 4 * G, G, types, *pictures)
+    (zeros,) = seen
+    assert zeros.shape == (1, sum(len(p) - 1 for p in prompts) + 4 * G * 3)  # a prompt's tokens once
+    assert 0.4 < zeros.mean() < 0.6
 
 
 if __name__ == "__main__":  # one of two processes

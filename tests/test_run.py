@@ -85,7 +85,7 @@ def test_run_json_tells_how_it_was_made(smoke_run):
 
 @pytest.mark.parametrize("words, message", [
     (["--scale", "smokey"], "unknown scale 'smokey'"), (["--data", "no/such/folder"], "is not a folder"), (["--data", "tests"], "none of the known layouts"),
-    (["--seed", "-4"], "seed -4 is negative"), (["--seed", "x"], "invalid int value"), (["--sede", "3"], "unrecognized arguments: --sede"), (["--resume"], "holds no run to resume")])
+    (["--seed", "-4"], "--seed -4: at least 0"), (["--seed", "x"], "invalid int value"), (["--sede", "3"], "unrecognized arguments: --sede"), (["--resume"], "holds no run to resume")])
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, message):
     try: code = main(["run", *words, "--out", str(tmp_path / "x")])
     except SystemExit as stop: code = stop.code

@@ -17,6 +17,7 @@ from shapely import Polygon
 
 from rsground_nb import scenes as module
 from rsground_nb.boxes import decode_mask, iou, mask_box
+from rsground_nb.sentences import count_hops
 from rsground_nb.scenes import (COLOURS, RULES, SENTENCE, SHAPES, STYLES, SURE, TONES, Scene, Style, Thing, check_expression, clear_boxes, describe, draw_scene, expressions, label_map,
                                 make_scene, masks, place, scene_records, set_visible)
 
@@ -395,3 +396,17 @@ def test_the_vocabulary_of_the_checker_is_that_of_the_styles():
     for look in STYLES.values():
         for category in look.categories:
             for colour in {**look.colours, **module.TONES}: assert SENTENCE.fullmatch(f"the {colour} {category}")["category"] == category
+
+
+# --- hops
+
+@pytest.mark.parametrize("style", STYLES)
+def test_records_can_be_asked_for_by_hops_in_turn(style):
+    rows = list(scene_records(9, 3, 112, style=style, hops=(1, 2, 3)))
+    assert [r["hops"] for r in rows] == [1, 2, 3] * 3 == [count_hops(r["expression"], tuple(SHAPES)) for r in rows]
+    assert rows == list(scene_records(9, 3, 112, style=style, hops=(1, 2, 3)))
+    assert all(r["hops"] in (1, 2) for r in scene_records(6, 3, 112))   # the rules of the style "simple"
+
+
+def test_hops_that_no_rule_can_say_end_with_an_error():
+    with pytest.raises(ValueError, match="no expression in 1000 scenes of 20 px, style 'simple' and 3 hops"): next(scene_records(1, 0, 20, rules=("name",), hops=(3,)))

@@ -172,7 +172,7 @@ def test_a_row_whose_image_is_gone_keeps_its_card_without_a_picture(mixed, tmp_p
     table = judge(broken, mixed, CODEC)
     write_audit(broken, table, CODEC, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("The image cannot be read.") == 2 and page.count("data:image/png") == 10
+    assert page.count("The image cannot be read: ") == 2 and page.count("data:image/png") == 10
     assert (training_rows(broken, table)["expression_id"][:] == [r["expression_id"] for r, v in zip(records, table.verdict) if v == "ok"])
 
 
@@ -222,7 +222,7 @@ def test_the_command_writes_and_repeats_and_refuses(tmp_path, capsys):
     assert "commit" in page and "seed" in page and page.count('<div class="card">') == 2
     for more, message in ((["--seed", "1"], "holds another run"), (["--split", "dev"], "has no split 'dev'"), (["--teacher", "chat"], "needs --url and --model"),
                           (["--limit", "0"], "at least 1"), (["--student", "no/such/model"], "cannot be read here"), (["--scale", "big"], "unknown scale"), (["--data", "no/such"], "is not a folder"), (["--lowest-iou", "2"], "--lowest-iou 2.0 is outside"),
-                          (["--samples", "-1"], "--samples -1: at least 0"), (["--seed", "-1"], "--seed -1: at least 0"), (["--max-pixels", "0"], "--max-pixels 0: at least 1"), (["--budget", "9"], "are for --teacher chat"),
+                          (["--samples", "-1"], "--samples -1: at least 0"), (["--seed", "-1"], "--seed -1: at least 0"), (["--max-pixels", "0"], "--max-pixels 0: at least 3136"), (["--budget", "9"], "are for --teacher chat"),
                           (CHAT + ["--budget", "0"], "--budget 0: at least 1"), (CHAT + ["--settings", "{"], "--settings {"), (CHAT + ["--settings", '{"top_p": 1}'], "top_p"), (CHAT + ["--key-env", "sk-secret"], "not the key itself")):
         assert main([*words, *more]) == 2, more
         assert message in capsys.readouterr().err, more

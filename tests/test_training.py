@@ -14,10 +14,10 @@ from conftest import ROOT
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
 from rsground_nb.grpo import SpatialGRPOConfig
-from rsground_nb.train import grpo_rows, grpo_trainer, on_processes, with_rivals
+from rsground_nb.train import grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
-from rsground_nb.sft import sft_trainer
+from rsground_nb.sft import on_processes, sft_trainer
 from rsground_nb.synthesis import synthesise
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
@@ -102,13 +102,16 @@ def test_a_process_that_fails_is_not_passed_over(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before  # else Ctrl-C would not be Ctrl-C any more
 
 
-def test_in_a_notebook_other_processes_get_the_function_of_the_module(tmp_path):
+@pytest.mark.parametrize("notebook, stage", [("06_sft", "sft"), ("09b_train", "grpo")])
+def test_in_a_notebook_other_processes_get_the_function_of_the_module(notebook, stage, tmp_path):
     """What a notebook defines belongs to `__main__`, where a started process does not find it."""
     page = {"__name__": "__main__"}
-    for cell in nbformat.read(ROOT / "nbs" / "09b_train.ipynb", 4).cells:
+    for cell in nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells:
         if cell.source.startswith("#| export"): exec(cell.source, page)
-    given = []
-    page |= dict(sft_stage=lambda *stage: tmp_path, on_processes=lambda count, work, *rest: given.append((count, work)))
-    page["grpo_stage"]("scenes", "workshop", 0, tmp_path)
+    given, run = [], page[f"{stage}_stage"]
+    page |= dict(sft_stage=lambda *stage: tmp_path, chain_stage=lambda *stage: tmp_path)
+    page |= dict(on_processes=lambda count, work, *rest: given.append((count, work)))
+    run("scenes", "workshop", 0, tmp_path)
     (count, work), = given
-    assert page["train_grpo"].__module__ == "__main__" and count > 1 and pickle.loads(pickle.dumps(work)).__module__ == "rsground_nb.train"
+    assert page[f"train_{stage}"].__module__ == "__main__" and count > 1
+    assert pickle.loads(pickle.dumps(work)).__module__ == f"rsground_nb.{notebook.split('_')[1]}"
