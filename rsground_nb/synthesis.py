@@ -166,7 +166,7 @@ def as_data_url(picture):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 def card(rows, k, line, codec):
-    "What the audit page shows of row k: its line, the picture with both boxes (None, and why, if unreadable)."
+    "What the audit page shows of row k: its line, the picture with both boxes or why there is none, IoU."
     try: row = rows[k]
     except READ_ERRORS as e: return dict(**line, picture=None, iou=None, why=str(e))
     answered = completion_box(line["completion"], codec, row["width"], row["height"])
