@@ -140,7 +140,7 @@ class Server:
             raise ValueError("key_env is the name of an environment variable, not the key itself")
         if not self.model: raise ValueError(f"which model of {self.url} is to be asked? Give its name there")
         if taken := {"model", "messages", "response_format", "stream"} & set(self.more or ()):
-            raise ValueError(f"more: {min(taken)!r} is not among the further fields: it is set here or not at all")
+            raise ValueError(f"more: {min(taken)!r} is not a further field: it is set here or not at all")
         if min(self.workers, self.max_failures, self.max_retries + 1) < 1 or not 0 < self.timeout < math.inf:
             raise ValueError("workers and max_failures are at least 1, max_retries 0, timeout above 0 s")
 
