@@ -471,8 +471,9 @@ def read_thought(
     found, (w, h) = list(json_objects(text)), (row["width"], row["height"])
     if not found: raise ValueError(f"the reply holds no whole JSON object, but begins {text[:40]!r}")
     made = next((o for o in reversed(found) if "target" in o), found[-1])
+    box = made.get("box")
+    if isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4: check_frame(box, row, codec)
     thought = from_json(json.dumps(made))
-    check_frame(thought.box, row, codec)
     for where, it in places_in(made):
         if isinstance(it, str) and not re.fullmatch(r"[^<>\[\](){}|\x00-\x1f\x7f]{1,80}", it):
             raise ValueError(f"{where}: {it[:40]!r} is no name or cue of 1 to 80 letters without brackets")
