@@ -588,14 +588,16 @@ def stage_table(
 ) -> pd.DataFrame:
     """One row per stage: the model that it started from and the optimiser steps of this run, metrics, gain over the
     constant guess, and the change from the trained stage before it, with 95 % intervals over the paired answers."""
-    made = {"base": (size.model, 0), "CoT-SFT": (size.sft_from or size.model, size.sft_steps), "GRPO": ("CoT-SFT", size.grpo_steps)}
+    made = {"base": (size.model, 0), "CoT-SFT": (size.sft_from or size.model, size.sft_steps),
+            "GRPO": ("CoT-SFT", size.grpo_steps)}
     table, before = [], None
     for name, found in stages.items():
         row = dict(stage=name, **about, **score(found), **gain(found, stages["constant guess"]))
-        if name in made: row["start"], row["steps"] = made[name]
-        if name in made and before: row.update({key.replace("gain", "change"): v for key, v in gain(found, before).items()})
-        if name in made: before = found
         table.append(row)
+        if name not in made: continue
+        row["start"], row["steps"] = made[name]
+        if before: row.update({key.replace("gain", "change"): v for key, v in gain(found, before).items()})
+        before = found
     return pd.DataFrame(table).astype({"steps": "Int64"})
 
 def evaluate_stage(
@@ -619,7 +621,8 @@ def evaluate_stage(
                 if split == judged: stages[name] = found
         table = [dict(split=s, **score(read_predictions(out / "predictions" / f"GRPO_{s}.jsonl")), hash=split_hash(rows)) for s, rows in splits.items()]
         pd.DataFrame(table).to_csv(out / "metrics.csv", index=False)
-        stage_table(stages, size, split=judged, hash=split_hash(splits[judged])).to_csv(out / "stages.csv", index=False)
+        compared = stage_table(stages, size, split=judged, hash=split_hash(splits[judged]))
+        compared.to_csv(out / "stages.csv", index=False)
         finish_stage(out / "predictions", **settings)
     return pd.read_csv(out / "metrics.csv")
 
@@ -628,18 +631,19 @@ def question_row(
     image: str | Path, expression: str, expression_id: str,
     codec: Codec,  # of the model that will be asked
 ) -> dict:
-    "A row without a truth, for `predict`; `seen` is (width, height) of the model's copy. Raises ValueError naming the image."
+    "A row without a truth, for `predict`; `seen`: (width, height) of the model's copy. Raises ValueError naming the image."
     if not Path(image).exists(): raise ValueError(f"{image} not found")
     if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in expression): raise ValueError(f"the expression about {image} is not UTF-8")
+    if any("\ud800" <= c <= "\udfff" for c in expression):
+        raise ValueError(f"the expression about {image} is not UTF-8")
     width, height = image_size(Path(image))
     try: seen = smart_resize(height, width, codec.factor, codec.min_pixels, codec.max_pixels)[::-1]
     except ValueError as e: raise ValueError(f"{image}: {e}") from None
-    return dict(image=str(image), image_id=Path(image).name, expression=expression.strip(), expression_id=expression_id,
-                width=width, height=height, seen=seen)
+    return dict(image=str(image), image_id=Path(image).name, expression=expression.strip(),
+                expression_id=expression_id, width=width, height=height, seen=seen)
 
 def read_questions(
-    path: str | Path,  # JSON lines or a JSON list: image (a name beside the file), expression, and expression_id if you like
+    path: str | Path,  # JSON lines or a JSON list with image (a name beside the file), expression, maybe expression_id
 ) -> list:
     "(image, expression, expression_id) of every question of a file. Raises ValueError naming line and field."
     path, line, where, found = Path(path), None, "", []
@@ -661,12 +665,15 @@ def answer_questions(
     max_new_tokens: int = 512,
     batch_size: int = 8,
 ):
-    "Yields for each row what `predict` finds, with the thought and the sizes of the picture and of the copy. Raises Defect."
+    "Yields for each row what `predict` finds, with the thought, the sizes of the picture and of the copy. Raises Defect."
+    kept = "expression_id", "expression", "answer", "predicted", "reason"
     for k in range(0, len(rows), batch_size):
         part = rows[k:k + batch_size]
-        for row, found in zip(part, predict(model, processor, to_dataset(part), max_new_tokens, batch_size, template)):
-            yield {"image": row["image"], **{c: found[c] for c in ("expression_id", "expression", "answer", "predicted", "reason")},
-                   "thought": parse_completion(found["answer"]).thinking, **{c: row[c] for c in ("width", "height", "seen")}}
+        answers = predict(model, processor, to_dataset(part), max_new_tokens, batch_size, template)
+        for row, found in zip(part, answers):
+            yield {"image": row["image"], **{name: found[name] for name in kept},
+                   "thought": parse_completion(found["answer"]).thinking,
+                   **{name: row[name] for name in ("width", "height", "seen")}}
 
 def answer_picture(
     found: dict,  # of `answer_questions`

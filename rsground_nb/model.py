@@ -265,7 +265,7 @@ def load_vlm(
 def load_tiny(
     stage: str = "base",  # base, sft (after CoT-SFT) or grpo (after GRPO)
 ):
-    "(model, processor) of a tiny model that is shipped inside the package: no network, no download. Raises ValueError for another stage."
+    "(model, processor) of a tiny model inside the package: no network, no download. Raises ValueError for another stage."
     names = dict(zip(("base", "sft", "grpo"), SHIPPED))
     if stage not in names: raise ValueError(f"unknown stage {stage!r}: use one of {', '.join(names)}")
     return load_vlm(names[stage], dtype=torch.float32)
