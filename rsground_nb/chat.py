@@ -140,7 +140,7 @@ class Server:
             raise ValueError("key_env is the name of an environment variable, not the key itself")
         if not self.model: raise ValueError(f"which model of {self.url} is to be asked? Give its name there")
         if taken := {"model", "messages", "response_format", "stream"} & set(self.more or ()):
-            raise ValueError(f"more: {min(taken)!r} is not among the further fields: it is set here or not at all")
+            raise ValueError(f"more: {min(taken)!r} is not among the further fields: leave it out")
         if min(self.workers, self.max_failures, self.max_retries + 1) < 1 or not 0 < self.timeout < math.inf:
             raise ValueError("workers and max_failures are at least 1, max_retries 0, timeout above 0 s")
 
@@ -471,8 +471,10 @@ def read_thought(
     found, (w, h) = list(json_objects(text)), (row["width"], row["height"])
     if not found: raise ValueError(f"the reply holds no whole JSON object, but begins {text[:40]!r}")
     made = next((o for o in reversed(found) if "target" in o), found[-1])
+    box = made.get("box")
+    if isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4:
+        check_frame(box, row, codec)
     thought = from_json(json.dumps(made))
-    check_frame(thought.box, row, codec)
     for where, it in places_in(made):
         if isinstance(it, str) and not re.fullmatch(r"[^<>\[\](){}|\x00-\x1f\x7f]{1,80}", it):
             raise ValueError(f"{where}: {it[:40]!r} is no name or cue of 1 to 80 letters without brackets")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'EDGE', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'CORNERS', 'ORDINALS', 'STARTS', 'NUMBERS', 'RULES',
-           'COLOUR_WORDS', 'Seen', 'Picture', 'same_kind', 'lead', 'larger', 'beats', 'describe', 'by_name', 'by_end',
-           'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'nearer', 'by_corner', 'beside',
-           'first_name', 'anchors', 'by_relation', 'by_same', 'gap', 'by_nearest', 'countable', 'by_ordinal', 'plural',
-           'by_count', 'by_combined', 'in_half', 'second_by_size', 'by_half', 'names_in_two_steps', 'by_pick_beside',
-           'by_chain', 'sentences', 'options', 'pattern', 'slots', 'count_hops', 'conditions', 'in_third', 'on_side',
-           'kept', 'in_order', 'called', 'meant', 'check_expression', 'choose']
+           'COLOUR_WORDS', 'Seen', 'Picture', 'same_kind', 'lead', 'shows_smaller', 'larger', 'beats', 'describe',
+           'by_name', 'by_end', 'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'nearer',
+           'by_corner', 'beside', 'first_name', 'anchors', 'by_relation', 'by_same', 'gap', 'by_nearest', 'countable',
+           'by_ordinal', 'plural', 'by_count', 'by_combined', 'in_half', 'second_by_size', 'by_half',
+           'names_in_two_steps', 'by_pick_beside', 'by_chain', 'sentences', 'options', 'pattern', 'slots', 'count_hops',
+           'conditions', 'in_third', 'on_side', 'kept', 'in_order', 'called', 'meant', 'check_expression', 'choose']
 
 # %% ../nbs/01b_sentences.ipynb #e230f7fe
 import re
@@ -72,9 +72,14 @@ def lead(a, b, axis, sign):
     "By how many pixels `a` lies further in a direction than `b`, for the least of their marks."
     return min([sign * (p - q) for p, q in zip(a.spots[axis], b.spots[axis])])
 
+def shows_smaller(a, b):
+    "True if the box of `a` is smaller than that of `b` in area and in its longer side: boxes then say the opposite."
+    (w, h), (u, v) = ((t.box[2] - t.box[0], t.box[3] - t.box[1]) for t in (a, b))
+    return w * h < u * v and max(w, h) < max(u, v)
+
 def larger(picture, a, b):
     "True if what is seen of `a` is larger than the whole of `b` by the factor, in every measure."
-    return all(x * a.visible > picture.factor * y for x, y in zip(a.sizes, b.sizes))
+    return all(x * a.visible > picture.factor * y for x, y in zip(a.sizes, b.sizes)) and not shows_smaller(a, b)
 
 def beats(picture, thing, word, rivals):
     "True if the object wins by the margin: `word` is one of ENDS or SIZES."

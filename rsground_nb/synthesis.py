@@ -83,8 +83,8 @@ def training_rows(
         raise ValueError("the table and the rows are not the same expressions in the same order")
     made = rows.select_columns(["image", "expression", "box", "width", "height", "expression_id"])
     made = made.add_column("prompt", [to_prompt(e) for e in table.expression])
-    said = [[{"role": "assistant", "content": [{"type": "text", "text": plain_text(t)}]}] for t in table.completion]
-    made = made.add_column("completion", said)
+    texts = [[{"type": "text", "text": plain_text(t)}] for t in table.completion]
+    made = made.add_column("completion", [[{"role": "assistant", "content": text}] for text in texts])
     for name in (n for n in ORIGIN if n in table): made = made.add_column(name, table[name].tolist())
     return made.select(np.flatnonzero(table.verdict == "ok"))  # last: a column copies a selection
 
@@ -166,7 +166,7 @@ def as_data_url(picture):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 def card(rows, k, line, codec):
-    "What the audit page shows of row k: its line, the picture with both boxes (None and why if unreadable), the IoU."
+    "What the audit page shows of row k: its line, the picture with both boxes or why there is none, IoU."
     try: row = rows[k]
     except READ_ERRORS as e: return dict(**line, picture=None, iou=None, why=str(e))
     answered = completion_box(line["completion"], codec, row["width"], row["height"])

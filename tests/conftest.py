@@ -7,7 +7,10 @@ os.environ["IN_TEST"] = "1"  # a notebook's last cell must not export while test
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 

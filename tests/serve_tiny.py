@@ -37,11 +37,13 @@ class Logged:
 
 if __name__ == "__main__":
     import torch
+    from transformers import AutoProcessor
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    from rsground_nb.model import ASSETS
+    from rsground_nb.model import ASSETS, load_processor
 
+    AutoProcessor.from_pretrained = lambda folder, **_: load_processor(folder, 112 * 112)  # transformers' own needs torchvision
     build = server.build_server
     server.build_server = lambda *args, **more: Logged(build(*args, **more), sys.argv[2])
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # as its parent does

@@ -1,5 +1,6 @@
 """`rsground train`: files, names, refusals, real trainings of the tiny model, and the same weights however a step is cut."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from rsground_nb.data import write_jsonl
 from rsground_nb.launch import CONFIGS, QWEN_3B, STAGES, is_finished, kept_settings, parse_settings, plan, plan_line
 from rsground_nb.model import load_vlm
 from rsground_nb.run import main
+from rsground_nb.scale import locked
 from rsground_nb.scenes import scene_records
 
 TRAININGS = sorted(p for p in CONFIGS.glob("*.yaml"))
@@ -78,7 +80,13 @@ def test_a_launcher_file_is_read_by_accelerate(path):
 
 @pytest.mark.parametrize("words, message", [
     ("grpo --config no/such.yaml", "no/such.yaml"),
-    ("grpo --config tiny_grpo.yaml --lerning_rate 1", "--lerning_rate"),
+    ("grpo --config tiny_grpo.yaml --lerning_rate 1", "unknown setting --lerning_rate: do you mean --learning_rate?"),
+    ("grpo --config tiny_grpo.yaml --max_pixels 3", "max_pixels 3: at least 3136"),
+    ("sft --config tiny_sft.yaml --scale smokey", "unknown scale 'smokey'"),
+    ("sft --config tiny_sft.yaml --scenes_seed -1", "scenes_seed -1"),
+    ("sft --config POINT", "max_steps 3.5: a whole number is needed"),
+    ("sft --config ALIAS", "line 2: YAML with aliases"),
+    ("sft --config MERGE", "merges (<<)"),
     ("grpo --config BAD", "lerning_rate"),
     ("sft --config BROKEN", "BROKEN.yaml"),
     ("sft --config tiny_sft.yaml --max_steps many", "invalid int value: 'many'"),
@@ -98,11 +106,21 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
     if "bf16" in words and torch.cuda.is_available(): pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     Path("BAD.yaml").write_text((CONFIGS / "tiny_grpo.yaml").read_text() + "lerning_rate: 1\n")
-    Path("BROKEN.yaml").write_text("max_steps: [1\n")
-    assert main(["train", *words.replace("BAD", "BAD.yaml").replace("BROKEN", "BROKEN.yaml").split(), "--output_dir", "out"]) == 2
+    texts = dict(BROKEN="max_steps: [1\n", ALIAS="a: &a [1]\nb: [*a, *a]\n", MERGE="max_steps: 1\n<<: {seed: 1}\n", POINT=(CONFIGS / "tiny_sft.yaml").read_text().replace("max_steps: 100", "max_steps: 3.5"))
+    for name, text in texts.items(): Path(f"{name}.yaml").write_text(text)
+    assert main(["train", *re.sub("BAD|BROKEN|ALIAS|MERGE|POINT", r"\g<0>.yaml", words).split(), "--output_dir", "out"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rsground:")]
     assert len(lines) == 1 and message in lines[0], lines
     assert not Path("out").exists() or not any(Path("out").iterdir()), "a refused run leaves nothing behind"
+
+
+def test_a_training_has_one_worker(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "make_trainer", lambda *parts: (None, None))
+    monkeypatch.setattr(launch, "carry_out", lambda *parts: 0)
+    words = ["train", "sft", "--config", "tiny_sft.yaml", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    with locked(tmp_path / "out" / "settings"): assert main(words) == 2
+    assert "in use by another process" in capsys.readouterr().err and main(words) == 0
 
 
 def test_a_launcher_that_asks_for_sharding_on_a_cpu_is_refused(tmp_path, monkeypatch, capsys):

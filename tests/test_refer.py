@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rsground_nb.boxes import Codec
+from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_data, load_folder, split_hash
+from rsground_nb.filters import find_faults
+from rsground_nb.grammar import hops, parse_expression
 from rsground_nb.refer import SMALLEST, load_real_samples, look, read_detections, refer, windows_of, write_refer
 from rsground_nb.run import main
 from rsground_nb.scale import get_scale
@@ -271,3 +275,10 @@ def test_real_samples_come_from_the_test_split_and_from_public_domain_pictures(s
     free = {i["file_name"] for i in whole["images"] if i["source"] == "GDIT Aerial Airport" and i["license"] == 2}
     assert {k["name"] for k in whole["licenses"] if k["id"] == 2} == {"Public Domain"}
     assert set(load_real_samples()["image_id"]) <= free
+
+
+def test_the_rule_teacher_thinks_through_every_real_sample():
+    samples, codec = load_real_samples(), Codec("qwen3_vl", max_pixels=200704)
+    for row, draft in zip(samples.remove_columns("image"), rule_drafts(samples, codec)):
+        assert draft.thought and find_faults(draft.completion, row, codec, thought=draft.thought) == [], row["expression"]
+        assert hops(parse_expression(row["expression"])) == row["hops"]

@@ -11,7 +11,7 @@ from PIL import Image
 from rsground_nb import scenes, synthesis
 from rsground_nb.boxes import Codec
 from rsground_nb.chat import Server
-from rsground_nb.cot import RULE_VERSION, Draft, rule_drafts
+from rsground_nb.cot import RULE_VERSION, Draft, from_json, rule_drafts, to_json
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.filters import CODES
 from rsground_nb.run import main
@@ -64,6 +64,36 @@ def test_the_table_comes_back_from_its_file(rows, mixed, tmp_path):
     table = judge(rows, mixed, CODEC, teacher="tëst\u2028", prompt_version="1", seed=0)
     write_table(table, tmp_path / "chains.jsonl")
     assert read_table(tmp_path / "chains.jsonl").to_dict("records") == table.to_dict("records")
+
+
+def test_each_line_keeps_its_thought_and_says_which_filters_judged_it(rows, tmp_path):
+    drafts = rule_drafts(rows, CODEC)
+    drafts[1] = Draft("<think>The ship is there.</think>" + drafts[1].completion.split("</think>")[1])
+    table = judge(rows, drafts, CODEC)
+    write_table(table, tmp_path / "chains.jsonl")
+    back = read_table(tmp_path / "chains.jsonl")
+    assert back.judged.tolist() == ["thought", "plain", *["thought"] * 10] and set(table.verdict) == {"ok"}
+    assert [t and from_json(json.dumps(t)) for t in back.thought] == [d.thought for d in drafts]
+    assert training_rows(rows, back)["judged"][:3] == ["thought", "plain", "thought"]
+    assert count_verdicts(back).plain.to_dict() == {v: int(v == "ok") for v in VERDICTS}
+    write_audit(rows, back, CODEC, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("judged: plain") == 1 and page.count("judged: thought") == 11
+
+
+def test_a_false_field_of_a_thought_drops_its_row(rows):
+    drafts = rule_drafts(rows, CODEC)
+    thought = from_json(to_json(drafts[0].thought))
+    thought.target.category = "windmill"
+    table = judge(rows, [replace(drafts[0], thought=thought), *drafts[1:]], CODEC)
+    assert table.verdict.tolist() == ["misread", *["ok"] * 11] and len(training_rows(rows, table)) == 11
+
+
+def test_chains_from_before_thoughts_are_loaded(rows, tmp_path):
+    make_chains(rows, CODEC, tmp_path / "c")
+    lines = [json.loads(line) for line in (tmp_path / "c" / "chains.jsonl").read_text().splitlines()]
+    (tmp_path / "c" / "chains.jsonl").write_text("".join(json.dumps({k: v for k, v in line.items() if k not in ("thought", "judged")}) + "\n" for line in lines))
+    assert len(load_chains(tmp_path / "c", rows, CODEC)) == 12
 
 
 LINE = '{"expression_id": "a", "expression": "the ship", "box": [1, 2, 3, 4], "completion": "", "verdict": "ok", "faults": []}'
