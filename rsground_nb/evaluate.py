@@ -10,7 +10,8 @@ __all__ = ['FIVE', 'MODES', 'CUE_TYPES', 'SIZE_GROUPS', 'CROWDS', 'CELLS', 'FEWE
            'score', 'refuse', 'once', 'is_box', 'read_line', 'read_content', 'lines_or_items', 'disagrees',
            'check_predictions', 'load_predictions', 'to_pixels', 'frame_hint', 'as_arrays', 'evaluate_file',
            'mask_areas', 'mask_metrics', 'shares', 'answer_with', 'constant_guess', 'random_boxes', 'central',
-           'words_alone', 'largest_object', 'without_model', 'gain', 'evaluate_stage']
+           'words_alone', 'largest_object', 'without_model', 'gain', 'stage_table', 'evaluate_stage', 'question_row',
+           'read_questions', 'answer_questions', 'answer_picture']
 
 # %% ../nbs/10_evaluate.ipynb #cd92ce63
 import json
@@ -25,12 +26,14 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
-from .boxes import GRID, Codec, area, completion_box, iou, parse_completion, read_mask
-from .data import held_out, load_data, split_hash
-from .files import FRAMES, GRIDS, guess_frame
+from .boxes import (GRID, Codec, area, completion_box, draw_boxes, iou, parse_completion, read_mask,
+                               smart_resize)
+from .data import held_out, load_data, split_hash, to_dataset
+from .files import (FRAMES, GRIDS, READ_ERRORS, ImageFolder, as_finding, guess_frame, image_size, json_items,
+                               parse_json, read_image, text_field, text_of)
 from .grammar import cues
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
-from .scale import finish_stage, get_scale, settings_of, stage_ready, start
+from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .scenes import cell_name
 from .sft import sft_stage
 from .train import grpo_stage
@@ -289,12 +292,12 @@ def plot_strata(
 # %% ../nbs/10_evaluate.ipynb #d27594d2
 def predict(
     model, processor,
-    rows: Dataset,            # chapter 03
+    rows: Dataset,            # chapter 03; `box` may be None
     max_new_tokens: int = 160,
     batch_size: int = 32,
     template: str = REASON,   # DIRECT: ask for the box alone
 ) -> list:
-    "One dict per row: expression_id, image_id, expression, box (truth), answer (text), predicted (original pixels or None), reason, iou. Greedy."
+    "One dict per row: expression_id, image_id, expression, box (truth), answer (text), predicted (original pixels or None), reason, iou (None without a truth). Greedy."
     codec, found = codec_of(model.config.model_type, processor), []
     for k in range(0, len(rows), batch_size):
         part = rows.select(range(k, min(k + batch_size, len(rows))))
@@ -303,7 +306,7 @@ def predict(
         for row, answer in zip(part.remove_columns("image"), answers):
             box = completion_box(answer, codec, row["width"], row["height"])
             found.append({**{c: row[c] for c in ("expression_id", "image_id", "expression", "box")}, "answer": answer, "predicted": box,
-                          "reason": parse_completion(answer).reason, "iou": 0.0 if box is None else iou(box, row["box"])})
+                          "reason": parse_completion(answer).reason, "iou": row["box"] and (0.0 if box is None else iou(box, row["box"]))})
     return found
 
 # %% ../nbs/10_evaluate.ipynb #37dd89e2
@@ -578,6 +581,25 @@ def gain(found, guess):
     return dict(gain=float(difference.mean()), gain_low=low, gain_high=high)
 
 # %% ../nbs/10_evaluate.ipynb #2673c1e5
+def stage_table(
+    stages: dict,  # name -> predictions for the same rows, "constant guess" among them, trained models in order
+    size: Scale,   # that they were trained with
+    **about,       # more columns: split, hash
+) -> pd.DataFrame:
+    """One row per stage: the model that it started from and the optimiser steps of this run, metrics, gain over the
+    constant guess, and the change from the trained stage before it, with 95 % intervals over the paired answers."""
+    made = {"base": (size.model, 0), "CoT-SFT": (size.sft_from or size.model, size.sft_steps),
+            "GRPO": ("CoT-SFT", size.grpo_steps)}
+    table, before = [], None
+    for name, found in stages.items():
+        row = dict(stage=name, **about, **score(found), **gain(found, stages["constant guess"]))
+        table.append(row)
+        if name not in made: continue
+        row["start"], row["steps"] = made[name]
+        if before: row.update({key.replace("gain", "change"): v for key, v in gain(found, before).items()})
+        before = found
+    return pd.DataFrame(table).astype({"steps": "Int64"})
+
 def evaluate_stage(
     data: str, scale: str, seed: int,
     out: str | Path,  # the run's folder: writes predictions/, metrics.csv and stages.csv
@@ -599,7 +621,63 @@ def evaluate_stage(
                 if split == judged: stages[name] = found
         table = [dict(split=s, **score(read_predictions(out / "predictions" / f"GRPO_{s}.jsonl")), hash=split_hash(rows)) for s, rows in splits.items()]
         pd.DataFrame(table).to_csv(out / "metrics.csv", index=False)
-        compared = [dict(stage=s, split=judged, **score(found), **gain(found, stages["constant guess"]), hash=split_hash(splits[judged])) for s, found in stages.items()]
-        pd.DataFrame(compared).to_csv(out / "stages.csv", index=False)
+        compared = stage_table(stages, size, split=judged, hash=split_hash(splits[judged]))
+        compared.to_csv(out / "stages.csv", index=False)
         finish_stage(out / "predictions", **settings)
     return pd.read_csv(out / "metrics.csv")
+
+# %% ../nbs/10_evaluate.ipynb #5be07c21
+def question_row(
+    image: str | Path, expression: str, expression_id: str,
+    codec: Codec,  # of the model that will be asked
+) -> dict:
+    "A row without a truth, for `predict`; `seen`: (width, height) of the model's copy. Raises ValueError naming the image."
+    if not Path(image).exists(): raise ValueError(f"{image} not found")
+    if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in expression):
+        raise ValueError(f"the expression about {image} is not UTF-8")
+    width, height = image_size(Path(image))
+    try: seen = smart_resize(height, width, codec.factor, codec.min_pixels, codec.max_pixels)[::-1]
+    except ValueError as e: raise ValueError(f"{image}: {e}") from None
+    return dict(image=str(image), image_id=Path(image).name, expression=expression.strip(),
+                expression_id=expression_id, width=width, height=height, seen=seen)
+
+def read_questions(
+    path: str | Path,  # JSON lines or a JSON list with image (a name beside the file), expression, maybe expression_id
+) -> list:
+    "(image, expression, expression_id) of every question of a file. Raises ValueError naming line and field."
+    path, line, where, found = Path(path), None, "", []
+    try:
+        folder = ImageFolder([path.parent])
+        for n, (line, where, item) in enumerate(json_items(path), 1):
+            r = parse_json(item) if isinstance(item, str) else item
+            name = folder.find(text_field(r, "image"))
+            key = r.get("expression_id") or f"{path.stem}:{line or n}"
+            found.append((str(name), text_field(r, "expression"), text_of(key, "expression_id")))
+    except READ_ERRORS as e: raise ValueError(str(as_finding(e, str(path), line, where))) from None
+    if not found: raise ValueError(f"{path} holds no questions")
+    return found
+
+def answer_questions(
+    model, processor,
+    rows: list,              # of `question_row`
+    template: str = REASON,  # DIRECT: ask for the box alone
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+):
+    "Yields for each row what `predict` finds, with the thought, the sizes of the picture and of the copy. Raises Defect."
+    kept = "expression_id", "expression", "answer", "predicted", "reason"
+    for k in range(0, len(rows), batch_size):
+        part = rows[k:k + batch_size]
+        answers = predict(model, processor, to_dataset(part), max_new_tokens, batch_size, template)
+        for row, found in zip(part, answers):
+            yield {"image": row["image"], **{name: found[name] for name in kept},
+                   "thought": parse_completion(found["answer"]).thinking,
+                   **{name: row[name] for name in ("width", "height", "seen")}}
+
+def answer_picture(
+    found: dict,  # of `answer_questions`
+):
+    "The picture with the answered box; a small one is enlarged to 448 px."
+    image = read_image(Path(found["image"]))
+    return draw_boxes(image, predicted=found["predicted"], zoom=max(1, 448 / max(image.size)))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'PACKAGES', 'notebooks_folder', 'run_chapter', 'commit', 'save_run', 'load_run', 'what_changed',
-           'whole_path', 'new_run', 'run_chapters', 'curves', 'gallery', 'verdict', 'write_report', 'title_of',
-           'cot_options', 'refer_options', 'Parser', 'parser', 'show', 'complain', 'check_numbers', 'free_folder',
-           'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command', 'carry_out', 'readable', 'plain_cell',
-           'write_tables', 'evaluate_command', 'refer_command', 'split_command', 'student_of', 'server_of',
+           'whole_path', 'new_run', 'run_chapters', 'curves', 'gallery', 'verdict', 'setbacks', 'write_report',
+           'title_of', 'cot_options', 'refer_options', 'predict_options', 'Parser', 'parser', 'show', 'complain',
+           'check_numbers', 'free_folder', 'readable_runs', 'run_to_resume', 'listen_for_ctrl_c', 'run_command',
+           'carry_out', 'readable', 'plain_cell', 'write_tables', 'evaluate_command', 'questions_of', 'picture_files',
+           'spoken', 'model_to_ask', 'predict_command', 'refer_command', 'split_command', 'student_of', 'server_of',
            'command_line', 'cot_command', 'main', 'command']
 
 # %% ../nbs/90_run.ipynb #39f17e95
@@ -181,12 +182,19 @@ def verdict(stages):
     return (f"The trained model {found} a constant guess that looks at nothing: mean IoU {last.mIoU:.3f} against {guess.mIoU:.3f} {where}, "
             f"a difference of {last.gain:+.3f} (95 % interval {last.gain_low:+.3f} to {last.gain_high:+.3f}).")
 
+def setbacks(stages):
+    "One sentence for every stage whose change from the stage before lies below 0 with its whole interval."
+    lost = stages[stages.change_high < 0]
+    return [f"{r.stage} ends below the stage before it: mean IoU {r.change:+.3f} (95 % interval "
+            f"{r.change_low:+.3f} to {r.change_high:+.3f}, question by question)." for r in lost.itertuples()]
+
 def write_report(
     run: dict,           # of new_run or load_run
     path: str | Path,    # the HTML file to write
 ):
     "One self-contained HTML page about a run whose evaluation is there."
     import pandas as pd
+    from rsground_nb.model import SHIPPED
     from rsground_nb.train import silent
     from rsground_nb.synthesis import as_data_url, fill_in
 
@@ -196,7 +204,8 @@ def write_report(
     rewards = {f"rewards/{n}_reward/mean": n for n in ("format", "iou", "positional")}
     page = fill_in(
         "report.html", run=run, cards=cards, judged=judged, verdict=verdict(stages), silent=silent(grpo),
-        titles={name: title_of(name) for name in run["chapters"]}, metrics=pd.read_csv(out / "metrics.csv").to_dict("records"), stages=stages.to_dict("records"),
+        setbacks=setbacks(stages), shipped=list(SHIPPED), stages=stages.astype(object).where(stages.notna(), None).to_dict("records"),
+        titles={name: title_of(name) for name in run["chapters"]}, metrics=pd.read_csv(out / "metrics.csv").to_dict("records"),
         sft_curve=as_data_url(curves(sft, {"loss": "loss"}, "nats per token")), reward_curve=as_data_url(curves(grpo, rewards, "mean reward")),
         weight_curve=as_data_url(curves(grpo, {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "without spread of rewards"}, "")))
     write_whole(path, page)
@@ -242,6 +251,17 @@ def refer_options(refer):
     refer.add_argument("--format", help="the layout of chapter 02b; default: guessed")
     refer.add_argument("--images", help="the image folder, if it is not the layout's own")
 
+def predict_options(ask):
+    "Add the options of `rsground predict`."
+    ask.usage = 'rsground predict IMAGE [IMAGE ...] "EXPRESSION" [options]\n       rsground predict QUESTIONS.jsonl [options]'
+    ask.add_argument("words", nargs="+", metavar="IMAGE ... EXPRESSION", help="pictures and, last, what to find in each;"
+                     " or one file of questions with the fields image and expression")
+    ask.add_argument("--model", default="tiny-grpo", help='"tiny-grpo" (default), "tiny-sft", "tiny" (asked for the box'
+                     ' alone), a model folder, or a hub name')
+    ask.add_argument("--out", help="draw the box: a new .png file, or a new folder for several questions")
+    ask.add_argument("--json", action="store_true", help="print one JSON object a question, boxes in original pixels;"
+                     " rsground evaluate reads it")
+
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
     def error(self, message): self.exit(2, f"rsground: {message} (see {self.prog} --help)\n")
@@ -264,6 +284,7 @@ def parser():
     score.add_argument("--frame", default="pixel", metavar="NAME", help="that the predictions are written in: pixel (default), shares, percent, thousandths, xywh, or a codec of chapter 01")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
     for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
+    predict_options(commands.add_parser("predict", allow_abbrev=False, help="ask a model about pictures: its thought, its box, the picture with the box"))
     cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
     train = commands.add_parser("train", help="train with your own settings, by TRL's names: from a YAML file, on one process or many").add_subparsers(dest="task", required=True, parser_class=Parser)
     for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")): train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...]; rsground train {stage} --help lists all names")
@@ -436,6 +457,69 @@ def evaluate_command(args):
     show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
     return 0
 
+def questions_of(words):
+    "[(image, expression, expression_id), ...] that the words of `rsground predict` mean. Raises ValueError."
+    from rsground_nb.evaluate import read_questions
+    *images, expression = words
+    if not images and expression.endswith((".jsonl", ".json")): return read_questions(expression)
+    if not images or os.path.isfile(expression):
+        raise ValueError(f'an expression is missing behind {expression}: rsground predict IMAGE "EXPRESSION", '
+                         'or one file of questions, .jsonl')
+    return [(image, expression, f"{Path(image).stem}:{k}") for k, image in enumerate(images)]
+
+def picture_files(out, count):
+    "Where the pictures of `rsground predict` go: one file, or several in a new folder. Raises ValueError."
+    if out is None: return [None] * count
+    out = Path(out)
+    if out.exists(): raise ValueError(f"{out} exists already: choose another --out")
+    if not out.parent.is_dir(): raise ValueError(f"{out.parent} is not a folder: --out cannot be made in it")
+    if (out.suffix == ".png") != (count == 1):
+        raise ValueError(f"--out {out}: a .png file is needed for one question, a new folder for several")
+    return [out] if count == 1 else [out / f"{k:0{len(str(count))}}.png" for k in range(1, count + 1)]
+
+def spoken(found):
+    "What `rsground predict` prints about one answer."
+    (width, height), seen = (found["width"], found["height"]), found["seen"]
+    change = "shrunk" if seen[0] * seen[1] < width * height else "enlarged"
+    box = found["predicted"] and ", ".join(f"{v:.1f}" for v in found["predicted"])
+    lines = [f"{found['image']}: {found['expression']}", f"  thought: {found['thought'] or '-'}",
+             f"  box: [{box}] of {width}x{height} px" if box else f"  no box: {found['reason']}"]
+    if seen != (width, height):
+        lines.append(f"  the model saw a copy of {seen[0]}x{seen[1]} px, {change} from {width}x{height}")
+    return "\n".join(lines)
+
+def model_to_ask(name):
+    "(model, processor, template) of `--model`. Raises ValueError if it cannot be read."
+    from rsground_nb.model import DIRECT, REASON, SHIPPED, load_vlm
+    try: model, processor = load_vlm(name, None)
+    except OSError:
+        raise ValueError(f"the model {name!r} cannot be read here: name {', '.join(SHIPPED)}, a folder, "
+                         "or a model of the hub") from None
+    return model, processor, DIRECT if name == "tiny" else REASON  # the base has never been shown thoughts
+
+def predict_command(args):
+    "`rsground predict`: exit code 0, 2 (bad input) or 130 (interrupted)."
+    from transformers.utils.logging import disable_progress_bar
+    from rsground_nb.evaluate import answer_picture, answer_questions, question_row
+    from rsground_nb.model import codec_of
+    try:
+        disable_progress_bar()
+        questions = questions_of(args.words)
+        files = picture_files(args.out, len(questions))
+        model, processor, template = model_to_ask(args.model)
+        codec = codec_of(processor.kind, processor)
+        rows = [question_row(*question, codec) for question in questions]
+        for path, found in zip(files, answer_questions(model, processor, rows, template)):
+            print(json.dumps(found), flush=True) if args.json else show(spoken(found))
+            if path is None: continue
+            path.parent.mkdir(exist_ok=True)
+            answer_picture(found).save(path)
+    except (ValueError, OSError) as e:
+        complain(e)
+        return 2
+    except KeyboardInterrupt: return 130
+    return 0
+
 def refer_command(args):
     "`rsground data refer`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import load_folder, split_hash
@@ -547,6 +631,7 @@ def command(words: list) -> int:
     args = parser().parse_args(words)
     if args.command == "run": return run_command(args)
     if args.command == "evaluate": return evaluate_command(args)
+    if args.command == "predict": return predict_command(args)
     if args.command == "cot": return cot_command(args)
     if args.task == "split": return split_command(args)
     if args.task == "refer": return refer_command(args)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 class Scale:
     "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
     name: str
-    model: str                  # "tiny" (shipped with the package), a local folder, or a hub name
+    model: str                  # the base: "tiny" (shipped with the package), a local folder, or a hub name
     num_train: int              # synthetic scenes for training (one expression each)
     num_val: int
     num_test: int
@@ -41,14 +41,15 @@ class Scale:
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
     processes: int = 1          # of a training on a CPU, one core each
+    sft_from: str | None = None  # the model that CoT-SFT goes on from; None: `model`
 
 # %% ../nbs/00_scale.ipynb #df2007ab
 SMOKE = Scale(
-    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=64,
-    sft_steps=100, sft_batch_size=16, sft_learning_rate=8e-3,
-    grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-4, max_completion_length=160, rows_per_pass=32)
+    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=0,
+    sft_from="tiny-sft", sft_steps=20, sft_batch_size=16, sft_learning_rate=1e-4,
+    grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-5, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=8192, num_val=128, num_test=512, lora_rank=0, sft_steps=700, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=120, prompts_per_step=32, grpo_learning_rate=1e-4,
+    SMOKE, name="workshop", num_train=8192, num_val=128, num_test=512, sft_from=None, sft_steps=700, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=120, prompts_per_step=32, grpo_learning_rate=1e-4,
     rows_per_pass=64, processes=2)
 GPU = Scale(
     name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,

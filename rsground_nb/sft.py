@@ -214,7 +214,7 @@ def train_sft(
 ):
     "Train on the chains and save. Every process of a distributed run calls it."
     start(seed)
-    model, processor = load_vlm(size.model, size.max_pixels, dtype=training_dtype(size.lora_rank))
+    model, processor = load_vlm(size.sft_from or size.model, size.max_pixels, dtype=training_dtype(size.lora_rank))
     train, codec = load_data(data, size, seed)[0]["train"], codec_of(model.config.model_type, processor)
     rows, keep = load_chains(chains, train, codec), checkpoints(size.sft_steps)
     trainer = sft_trainer(model, processor, rows, size, seed, folder / "trainer", **keep)

@@ -27,7 +27,7 @@ from rsground_nb.sft import last_checkpoint, sft_stage
 from rsground_nb.train import grpo_stage, silent
 
 TABLE = Path(__file__).with_suffix(".csv")
-SMOKE = get_scale("smoke")
+SMOKE = replace(get_scale("smoke"), lora_rank=64, sft_from=None, sft_learning_rate=8e-3, grpo_learning_rate=5e-4)
 SHORT = dict(num_train=64, num_val=2, num_test=8)
 SCALES.update({s.name: s for s in (  # of 64 scenes 26 have a rival: 12 steps of 4 questions begin GRPO's second epoch; SFT sees 64 chains, 40 steps of 4 begin the third
     replace(SMOKE, name="sft-lora", **SHORT, sft_steps=40, sft_batch_size=4),

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2_5_VLCo
 
 from conftest import ROOT
 from rsground_nb.data import load_folder
-from rsground_nb.model import (CODEC_OF, TEMPLATES, GroundingProcessor, adapt, codec_of, fingerprints, generate_answers, kept_bytes, load_tiny, load_vlm, make_tiny,
+from rsground_nb.model import (CODEC_OF, SHIPPED, TEMPLATES, GroundingProcessor, adapt, codec_of, fingerprints, generate_answers, kept_bytes, load_tiny, load_vlm, make_tiny,
                                memory_plan, save_tiny, student_codec)
 
 
@@ -106,13 +106,6 @@ def test_the_plan_counts_what_a_small_model_really_needs():
     assert plan["keys and values"] == sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def test_the_shipped_model_keeps_to_its_size():
-    folder = ROOT / "rsground_nb" / "assets" / "tiny"
-    assert (folder / "model.safetensors").stat().st_size < 8e6
-    model, _ = load_tiny()
-    assert sum(p.numel() for p in model.parameters()) < 4e6
-
-
 OFFLINE = """
 import socket, sys
 def refuse(*a, **k): raise AssertionError("no network, please")
@@ -121,17 +114,17 @@ sys.path.insert(0, sys.argv[1])
 import rsground_nb.model, time
 assert rsground_nb.model.__file__.startswith(sys.argv[1]), rsground_nb.model.__file__
 began = time.time()
-model, processor = rsground_nb.model.load_tiny()
+model, processor = rsground_nb.model.load_tiny("grpo")
 print("loaded in", time.time() - began)
 from PIL import Image
-print(rsground_nb.model.generate_answers(model, processor, [Image.new("RGB", (112, 112), "green")], ["the red ship"], template=rsground_nb.model.DIRECT, max_new_tokens=24))
+print(rsground_nb.model.generate_answers(model, processor, [Image.new("RGB", (112, 112), "green")], ["the red ship"], max_new_tokens=24))
 """
 
 
 def test_the_wheel_and_the_source_archive_hold_the_model_and_load_it_offline(tmp_path):
     subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     [archive] = tmp_path.glob("*.tar.gz")
-    wanted = {f"rsground_nb/assets/tiny/{p.name}" for p in (ROOT / "rsground_nb" / "assets" / "tiny").iterdir()}
+    wanted = {str(p.relative_to(ROOT)) for folder in SHIPPED.values() for p in (ROOT / "rsground_nb" / "assets" / folder).iterdir()}
     with tarfile.open(archive) as opened: opened.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()
     assert all((source / name).exists() for name in wanted)

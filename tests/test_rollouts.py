@@ -28,7 +28,7 @@ from rsground_nb.rollouts import accept_encoded, by_group, by_rollout, draw_toke
 from rsground_nb.scale import get_scale, start
 from rsground_nb.train import grpo_rows, grpo_trainer
 
-SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, grpo_steps=3, prompts_per_step=4, num_generations=4, max_completion_length=24, rows_per_pass=8, lora_rank=0)
+SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, grpo_steps=3, grpo_learning_rate=5e-4, prompts_per_step=4, num_generations=4, max_completion_length=24, rows_per_pass=8, lora_rank=0)
 G = 3
 
 

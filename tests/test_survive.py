@@ -21,7 +21,7 @@ from rsground_nb.sft import Safeguard, check_folder, checkpoints, last_checkpoin
 from rsground_nb.synthesis import synthesise
 from rsground_nb.train import grpo_stage, train_grpo, watched
 
-SIZE = replace(get_scale("smoke"), num_train=24, num_val=2, num_test=2, lora_rank=8, sft_steps=8, sft_batch_size=4, grpo_steps=7, prompts_per_step=2, num_generations=4, temperature=2.0, max_completion_length=12, rows_per_pass=4)
+SIZE = replace(get_scale("smoke"), num_train=24, num_val=2, num_test=2, lora_rank=8, sft_from=None, sft_steps=8, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=7, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, temperature=2.0, max_completion_length=12, rows_per_pass=4)
 
 
 def iou_reward(completions, **columns): return [len(set(answer[0]["content"])) / 160 for answer in completions]  # twelve tokens are no answer: count its letters

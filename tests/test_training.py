@@ -20,7 +20,7 @@ from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import on_processes, sft_trainer
 from rsground_nb.synthesis import synthesise
 
-SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, sft_steps=3, sft_batch_size=4, grpo_steps=2, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
+SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, lora_rank=64, sft_steps=3, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=2, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
 
 
 def short_path(folder, seed):
