@@ -4,6 +4,7 @@
     python tests/train_shipped.py sft REAL OUT       from the base: 3,000 steps, then 2,000 with more real questions
     python tests/train_shipped.py grpo REAL OUT      from OUT/sft: questions with boxes only, on two processes
     python tests/train_shipped.py judge REAL OUT     Acc@0.5 of every stage on the test questions
+    python tests/train_shipped.py show REAL OUT      the README's picture: answers of the shipped models to questions drawn by lot
 
 PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has chains, for CoT-SFT, the other has boxes only, for GRPO. Settings were chosen on val and on drawn questions of
 seed 2000; test questions are those of the test airports and of seeds 3000 and 3001. Minutes and scores stand in the cards of the models.
@@ -13,21 +14,25 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from datasets import concatenate_datasets
 
+from rsground_nb.boxes import parse_completion
 from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
-from rsground_nb.evaluate import interval, predict
+from rsground_nb.evaluate import gain, interval, predict
 from rsground_nb.model import DIRECT, REASON, codec_of, load_vlm, to_prompt
 from rsground_nb.scale import get_scale, start
-from rsground_nb.scenes import scene_records
+from rsground_nb.refer import load_real_samples
+from rsground_nb.scenes import as_png, scene_records
 from rsground_nb.sft import on_processes, sft_trainer
 from rsground_nb.train import grpo_rows, grpo_trainer
 
-WORKSHOP = get_scale("workshop")
+WORKSHOP, TABLE = get_scale("workshop"), Path(__file__).parent / "shipped.csv"
 
 
 def drawn(count, seed, split, rivals):
@@ -74,7 +79,7 @@ def train_sft(folder, out):
     save(model, processor, out / "sft", pd.concat([first, second]), began)
 
 
-def train_grpo(folder, out, steps=100, seed=0):
+def train_grpo(folder, out, steps=80, seed=0):
     """Every process of two calls it."""
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
@@ -93,10 +98,10 @@ def save(model, processor, folder, log, began):
 
 
 def judge(folder, out):
-    """Acc@0.5 and mean IoU with intervals, for each stage and set of questions; the base is asked for the box alone."""
+    """Acc@0.5 and mean IoU with intervals, for each stage and set of questions, and the change of mean IoU over the stage before, paired by question; the base is asked for the box alone."""
     start(0)
     sets = {"drawn, with a rival": drawn(512, 3000, "test", True), "drawn, all kinds": drawn(512, 3001, "test", False), "real, test airports": real(folder, "test", 0.14)}
-    table = []
+    table, before = [], {}
     for stage, name, template in (("base", "tiny", DIRECT), ("CoT-SFT", out / "sft", REASON), ("GRPO", out / "grpo", REASON)):
         if isinstance(name, Path) and not name.exists(): continue
         model, processor = load_vlm(str(name))
@@ -105,9 +110,31 @@ def judge(folder, out):
             ious = np.array([p["iou"] for p in found])
             low, high = interval((ious >= 0.5).astype(float), [p["image_id"] for p in found])
             hops = {f"hops {k}": (ious[np.array(rows["hops"]) == k] >= 0.5).mean() for k in (1, 2, 3)}
-            table.append({"stage": stage, "questions": what, "N": len(rows), "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "low": low, "high": high, **hops})
+            table.append({"stage": stage, "questions": what, "N": len(rows), "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "low": low, "high": high, **hops,
+                          **(gain(found, before[what]) if what in before else {})})
+            before[what] = found
             print(table[-1], flush=True)
-    pd.DataFrame(table).round(4).to_csv(out / "judged.csv", index=False)
+    pd.DataFrame(table).round(4).to_csv(TABLE, index=False)
+
+
+def show(picture):
+    """Four real and four drawn questions, drawn by lot: the truth (green), the box of the base (blue) and of the model after GRPO (orange), and its thought."""
+    rows = [*load_real_samples().shuffle(seed=0).select(range(4)), *drawn(512, 3000, "test", True).shuffle(seed=0).select(range(4))]
+    rows = to_dataset([{**row, "image": {"bytes": as_png(row["image"]), "path": None}} for row in rows])
+    found = {name: predict(*load_vlm(name, None), rows, 160, 8, template) for name, template in (("tiny", DIRECT), ("tiny-grpo", REASON))}
+    fig, axes = plt.subplots(2, 4, figsize=(12, 8.6), dpi=75)
+    for ax, row, first, last in zip(axes.flat, rows, *found.values()):
+        ax.imshow(row["image"])
+        for box, colour, grow in ((row["box"], "lime", 0.012), (first["predicted"], "deepskyblue", 0), (last["predicted"], "darkorange", 0)):
+            if box is None: continue
+            x1, y1, x2, y2 = box
+            gap = grow * row["width"]
+            ax.add_patch(plt.Rectangle((x1 - gap, y1 - gap), x2 - x1 + 2 * gap, y2 - y1 + 2 * gap, fill=False, edgecolor=colour, linewidth=2))
+        ax.set_title("\n".join(wrap(row["expression"], 34)), fontsize=11, parse_math=False)
+        ax.set_xlabel("\n".join(wrap(parse_completion(last["answer"]).thinking, 46)[:4]), fontsize=8, parse_math=False)
+        ax.set(xticks=[], yticks=[])
+    fig.tight_layout(h_pad=2)
+    fig.savefig(picture, pil_kwargs={"quality": 88})
 
 
 if __name__ == "__main__":
@@ -117,3 +144,4 @@ if __name__ == "__main__":
     if stage == "sft": train_sft(folder, out)
     if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out)
     if stage == "judge": judge(folder, out)
+    if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")
