@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'EDGE', 'FACTOR', 'ENDS', 'RELATIONS', 'SIZES', 'CORNERS', 'ORDINALS', 'STARTS', 'NUMBERS', 'RULES',
-           'COLOUR_WORDS', 'Seen', 'Picture', 'same_kind', 'lead', 'shows_smaller', 'larger', 'beats', 'describe',
+           'COLOUR_WORDS', 'Seen', 'Picture', 'same_kind', 'lead', 'boxes_show', 'larger', 'beats', 'describe',
            'by_name', 'by_end', 'by_size', 'third', 'cell_name', 'place_words', 'in_cell', 'by_cell', 'nearer',
            'by_corner', 'beside', 'first_name', 'anchors', 'by_relation', 'by_same', 'gap', 'by_nearest', 'countable',
            'by_ordinal', 'plural', 'by_count', 'by_combined', 'in_half', 'second_by_size', 'by_half',
@@ -72,14 +72,14 @@ def lead(a, b, axis, sign):
     "By how many pixels `a` lies further in a direction than `b`, for the least of their marks."
     return min([sign * (p - q) for p, q in zip(a.spots[axis], b.spots[axis])])
 
-def shows_smaller(a, b):
-    "True if the box of `a` is smaller than that of `b` in area and in its longer side: boxes then say the opposite."
+def boxes_show(a, b):
+    "True if the box of `a` is larger than that of `b` by more than a tenth, in area and in its longer side."
     (w, h), (u, v) = ((t.box[2] - t.box[0], t.box[3] - t.box[1]) for t in (a, b))
-    return w * h < u * v and max(w, h) < max(u, v)
+    return w * h > 1.101 * u * v and max(w, h) > 1.101 * max(u, v)
 
 def larger(picture, a, b):
     "True if what is seen of `a` is larger than the whole of `b` by the factor, in every measure."
-    return all(x * a.visible > picture.factor * y for x, y in zip(a.sizes, b.sizes)) and not shows_smaller(a, b)
+    return all(x * a.visible > picture.factor * y for x, y in zip(a.sizes, b.sizes)) and boxes_show(a, b)
 
 def beats(picture, thing, word, rivals):
     "True if the object wins by the margin: `word` is one of ENDS or SIZES."
