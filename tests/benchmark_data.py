@@ -46,6 +46,21 @@ def make_folder(root, files, expressions):
     for split, tenths in shares.items(): (root / f"{split}.txt").write_text("".join(f"{n}\n" for n in range(expressions) if n % 10 in tenths))
 
 
+def measured(program, *words):
+    """What a program that counts opened images prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout)
+
+
+def write_rows(rows, out):
+    """Write a CSV file, and print it."""
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(open(out).read())
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".csv")))
@@ -56,13 +71,9 @@ def main():
         make_folder(Path(d) / "dior", args.files, args.expressions)
         rows = []
         for what in ("cold", "from the cache"):
-            done = subprocess.run([sys.executable, "-c", PROGRAM, f"{d}/dior", f"{d}/cache"], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            rows.append(dict(what=f"load_folder, {what}", files=args.files, expressions=args.expressions, **json.loads(done.stdout), command="python tests/benchmark_data.py"))
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(open(args.out).read())
+            found = measured(PROGRAM, f"{d}/dior", f"{d}/cache")
+            rows.append(dict(what=f"load_folder, {what}", files=args.files, expressions=args.expressions, **found, command="python tests/benchmark_data.py"))
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":

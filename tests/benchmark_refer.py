@@ -6,16 +6,15 @@ The dataset (COCO, 600 x 600, one or two categories a picture, boxes of 12 to 12
 its own, on one core. Seconds are processor time: reading the annotation, asking, writing the folder.
 """
 import argparse
-import csv
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from benchmark_data import measured, write_rows
 
 PROGRAM = """
 import json, sys, time
@@ -55,13 +54,9 @@ def main():
         make_folder(Path(d) / "coco", args.pictures, args.boxes)
         rows = []
         for windows in ((), ("300",)):
-            done = subprocess.run([sys.executable, "-c", PROGRAM, f"{d}/coco", f"{d}/out{len(windows)}", *windows], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            rows.append(dict(windows=" ".join(windows) or "none", pictures=args.pictures, boxes=args.pictures * args.boxes, **json.loads(done.stdout), command="python tests/benchmark_refer.py"))
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(open(args.out).read())
+            found = measured(PROGRAM, f"{d}/coco", f"{d}/out{len(windows)}", *windows)
+            rows.append(dict(windows=" ".join(windows) or "none", pictures=args.pictures, boxes=args.pictures * args.boxes, **found, command="python tests/benchmark_refer.py"))
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":
