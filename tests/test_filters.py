@@ -73,6 +73,13 @@ def test_without_its_check_a_defect_is_not_found(chains, monkeypatch, code, chec
     assert measured(mine)[code][2] == 0
 
 
+@pytest.mark.parametrize("code", ["no_thought", "no_box"])
+def test_without_the_check_of_form_its_defects_are_not_found(chains, monkeypatch, code):
+    whole = filters.take_apart
+    monkeypatch.setattr(filters, "take_apart", lambda text: (*whole(text)[:2], []))
+    assert measured([c for c in chains if c[0] == code])[code][2] == 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_other_seeds_and_a_student_of_pixels_give_the_same(seed, monkeypatch):
     monkeypatch.setattr(scenes, "draw_scene", lambda scene, rng: Image.new("RGB", (2, 2)))
