@@ -385,6 +385,9 @@ def lines_or_items(path: str | Path) -> list:
     except json.JSONDecodeError as e:
         if len(lines) == 1 or e.msg == "Extra data" or content.lstrip()[:1] == b"{": return lines
         raise ValueError(f"{path} is broken or cut off: {e.msg}, line {e.lineno}") from None
+    except ValueError as e:  # Infinity, a key twice, a number of thousands of digits
+        if len(lines) == 1: return lines
+        raise ValueError(f"{path} holds no plain JSON: {e}") from None
     is_list = isinstance(whole, list)
     if is_list and whole and all(isinstance(item, dict) for item in whole):
         return [(f"item {k}", item) for k, item in enumerate(whole, 1)]

@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-settings.load_profile("untimed")
+settings.register_profile("same", deadline=None, derandomize=True)  # a busy machine is no failure; a commit has one outcome
+settings.register_profile("search", deadline=None, max_examples=1000)  # pytest --hypothesis-profile search: look for more
+settings.load_profile("same")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
 
