@@ -30,9 +30,9 @@ def lines_run(work):
     return count
 
 
-def said_by_checks(notebook):
-    """What the cells tagged `check` of an executed notebook answered, one text each."""
-    return ["".join(o["data"]["text/plain"] for o in c.outputs if "data" in o) for c in notebook.cells if "check" in c.metadata.get("tags", [])]
+def said_by_checks(notebook, tag="check"):
+    """What the cells with a tag of an executed notebook answered, one text each."""
+    return ["".join(o["data"]["text/plain"] for o in c.outputs if "data" in o) for c in notebook.cells if tag in c.metadata.get("tags", [])]
 
 
 def pytest_collection_modifyitems(items):
@@ -57,8 +57,10 @@ def shared():
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """A finished `rsground run` at smoke scale on drawn scenes, made once for all tests."""
-    from rsground_nb.run import main
+    from rsground_nb.run import COURSE, ORDER, main, run_chapter
 
     out = tmp_path_factory.mktemp("smoke") / "run"
     assert main(["run", "--out", str(out)]) == 0
+    for name in ORDER:
+        if name not in COURSE: run_chapter(name, out / "notebooks" / f"{name}.ipynb", scale="smoke", seed=0, out=str(out), data="scenes")
     return out

@@ -25,7 +25,7 @@ from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, split_hash, to_dataset
 from rsground_nb.files import Defect, open_pickle, plain_yaml, printable, read_image, read_rows
 from rsground_nb.model import load_processor, to_prompt
-from rsground_nb.run import CHAPTERS, main, new_run, save_run
+from rsground_nb.run import COURSE, main, new_run, save_run
 from rsground_nb.scale import finish_stage, locked, stage_ready
 from rsground_nb.synthesis import fill_in, synthesise
 
@@ -178,7 +178,7 @@ def test_a_mark_in_a_sentence_is_found_and_one_in_a_completion_is_not_learned(tm
 
 
 def test_a_dollar_in_a_sentence_is_no_formula():
-    lines = [(path.stem, line) for path in (ROOT / "nbs").glob("*.ipynb") for c in nbformat.read(path, as_version=4).cells for line in c.source.split("\n")]
+    lines = [(path.stem, line) for path in (ROOT / "nbs").rglob("*.ipynb") for c in nbformat.read(path, as_version=4).cells for line in c.source.split("\n")]
     titles = [(name, line) for name, line in lines if re.search(r"(set_|sup)title\(", line) and "expression" in line]
     assert len(titles) > 5
     for name, line in titles: assert "parse_math=False" in line, (name, line)
@@ -202,7 +202,7 @@ def test_what_a_data_set_says_is_escaped_in_html():
     evil = "<script>alert(1)</script>"
     page = fill_in("audit.html", counts=[], cards={}, meaning={}, about={"split": evil}, total=1)
     assert evil not in page and "&lt;script&gt;" in page
-    source = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "90_run.ipynb", as_version=4).cells)
+    source = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "reference" / "run.ipynb", as_version=4).cells)
     assert re.findall(r"HTML\(f.*", source) == ["HTML(f\"<p>{html.escape(verdict(pd.read_csv(Path(out) / 'stages.csv')))}</p>\")"]
 
 
@@ -221,8 +221,8 @@ def test_braces_in_out_are_letters(tmp_path, monkeypatch, folder):
     from papermill.parameterize import parameterize_path
     asked = []
     monkeypatch.setattr(papermill, "execute_notebook", lambda source, target, **kw: asked.append((parameterize_path(source, {}), parameterize_path(target, {}))))
-    run.run_chapter("00_scale", tmp_path / folder / "x.ipynb", scale="smoke")
-    assert asked == [(str(run.notebooks_folder() / "00_scale.ipynb"), str(tmp_path / folder / "x.ipynb"))]
+    run.run_chapter("reference/scale", tmp_path / folder / "x.ipynb", scale="smoke")
+    assert asked == [(str(run.notebooks_folder() / "reference/scale.ipynb"), str(tmp_path / folder / "x.ipynb"))]
 
 
 # ---- nothing half-written

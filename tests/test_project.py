@@ -9,10 +9,11 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from rsground_nb.run import ORDER
 from write_readme import readme_text
 
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index")
-MODULES = [p.stem.split("_", 1)[1] for p in NOTEBOOKS]
+NOTEBOOKS = [ROOT / "nbs" / f"{name}.ipynb" for name in ORDER]
+MODULES = [p.stem.split("_")[-1] for p in NOTEBOOKS]
 
 
 def cells(path): return nbformat.read(path, as_version=4).cells
@@ -43,14 +44,14 @@ def test_readme_has_the_two_commands_that_ci_runs():
 
 def test_the_readme_lists_every_chapter():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path, module in zip(NOTEBOOKS, MODULES): assert f"| {path.stem} | `{module}` |" in readme
+    for name, module in zip(ORDER, MODULES): assert f"| {name} | `{module}` |" in readme
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_has_its_header_and_parameters(path):
     found = cells(path)
     assert re.match(r"# .+\n> .+", found[0].source)
-    assert found[1].source.strip() == f"#| default_exp {path.stem.split('_', 1)[1]}"
+    assert found[1].source.strip() == f"#| default_exp {path.stem.split('_')[-1]}"
     tagged = [c for c in found if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and "export" not in tagged[0].source
     assert re.findall(r"^(\w+): ", tagged[0].source, re.M) == ["scale", "seed", "out", "data"]

@@ -102,7 +102,7 @@ def test_a_process_that_fails_is_not_passed_over(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before  # else Ctrl-C would not be Ctrl-C any more
 
 
-@pytest.mark.parametrize("notebook, stage", [("06_sft", "sft"), ("09b_train", "grpo")])
+@pytest.mark.parametrize("notebook, stage", [("06_sft", "sft"), ("reference/train", "grpo")])
 def test_in_a_notebook_other_processes_get_the_function_of_the_module(notebook, stage, tmp_path):
     """What a notebook defines belongs to `__main__`, where a started process does not find it."""
     page = {"__name__": "__main__"}
