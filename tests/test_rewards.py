@@ -149,6 +149,19 @@ def test_the_explorer_shows_the_table_of_the_box_that_was_set():
     assert "nan" not in table.value.lower()
 
 
+GOOD = "<think>It is at the left.</think><answer>[1, 2, 30, 40]</answer>"
+
+
+@pytest.mark.parametrize("text, score", [
+    (GOOD, 1), ("\n" + GOOD + "\n", 1), (GOOD + " Done!", 0), (GOOD + GOOD, 0), ("", 0),
+    ("<answer>[1, 2, 30, 40]</answer>", 0), (GOOD.replace("It is at the left.", " "), 0),
+    (GOOD.replace("[1, 2, 30, 40]", "[30, 2, 1, 40]"), 0), (GOOD.replace("at", "at < 3 px"), 1),
+    (GOOD.replace("at", "at <b>the</b>"), 1), (GOOD.replace("at", "at <think>the"), 0),
+    (GOOD.replace("at", "at </answer>"), 0)])
+def test_the_form(text, score):
+    assert format_score(text) == score
+
+
 @given(st.text())
 def test_the_format_score_never_fails(text): assert format_score(text) in (0.0, 1.0)
 
