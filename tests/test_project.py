@@ -9,11 +9,13 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from rsground_nb.run import ORDER
-from write_readme import readme_text
+from rsground_nb.run import COURSE, ORDER
+from write_readme import PICTURE, readme_text, tour_picture
 
-NOTEBOOKS = [ROOT / "nbs" / f"{name}.ipynb" for name in ORDER]
-MODULES = [p.stem.split("_")[-1] for p in NOTEBOOKS]
+TOUR = "00_tour"  # the one notebook without a module
+NOTEBOOKS = [ROOT / "nbs" / f"{name}.ipynb" for name in (TOUR, *ORDER)]
+MODULES = [name.split("/")[-1].split("_")[-1] for name in ORDER]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def cells(path): return nbformat.read(path, as_version=4).cells
@@ -23,14 +25,29 @@ def test_readme_is_the_index_notebook():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "write README.md anew: python tests/write_readme.py"
 
 
-def test_every_code_block_of_the_readme_is_closed():
-    fences = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("```")]
-    assert fences and all(re.fullmatch(r"```\w+", line) for line in fences[::2]) and all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_code_block_of_a_page_is_closed(page):
+    fences = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
+    assert fences or page.parent.name == "docs"
+    assert all(re.fullmatch(r"```\w+", line) for line in fences[::2])
+    assert all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
 
 
-def test_the_pictures_of_the_readme_exist():
-    pictures = re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert pictures and all((ROOT / p).is_file() for p in pictures)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_links_and_pictures_of_a_page_exist(page):
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert targets or page.parent.name == "docs"
+    assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+def test_the_picture_of_the_readme_is_the_tours():
+    assert f"({PICTURE.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PICTURE.read_bytes() == tour_picture(), "python tests/write_readme.py"
+
+
+def test_the_readme_is_short():
+    words = re.sub(r"[|`*#-]", " ", (ROOT / "README.md").read_text(encoding="utf-8")).split()
+    assert len(words) <= 900
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
@@ -42,16 +59,29 @@ def test_readme_has_the_two_commands_that_ci_runs():
     assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README, not repeat them"
 
 
-def test_the_readme_lists_every_chapter():
+def test_the_readme_lists_every_notebook_shelf_by_shelf():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, module in zip(ORDER, MODULES): assert f"| {name} | `{module}` |" in readme
+    rows = re.findall(r"^\| ([\w/]+) \|(?: `(\w+)`)? \| .+\? \|$", readme, re.M)
+    shelves = ["", "deeper", "reference"]
+    wanted = [(TOUR, ""), *zip(ORDER, MODULES)]
+    assert sorted(rows) == sorted(wanted)
+    places = [shelves.index(name.rpartition("/")[0]) for name, _ in rows]
+    assert places == sorted(places)
+
+
+def test_the_course_is_the_first_shelf_and_begins_with_the_tour():
+    assert COURSE == [TOUR, *(name for name in ORDER if "/" not in name)]
+    found = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
+    assert found == set(COURSE) and sorted(COURSE) == COURSE
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_has_its_header_and_parameters(path):
     found = cells(path)
     assert re.match(r"# .+\n> .+", found[0].source)
-    assert found[1].source.strip() == f"#| default_exp {path.stem.split('_')[-1]}"
+    module = [c.source.strip() for c in found if c.source.startswith("#| default_exp")]
+    if path.stem == TOUR: assert module == [] and not any(re.match(r"#\|\s*export", c.source) for c in found)
+    else: assert [found[1].source.strip()] == module == [f"#| default_exp {path.stem.split('_')[-1]}"]
     tagged = [c for c in found if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and "export" not in tagged[0].source
     assert re.findall(r"^(\w+): ", tagged[0].source, re.M) == ["scale", "seed", "out", "data"]
