@@ -24,11 +24,12 @@ def words(name):
 
 def course_minutes(seconds):
     """One row per chapter of the course; `seconds`: chapter -> seconds that its cells ran, where known."""
-    rows = [dict(chapter=name, reading=words(name) / WORDS_A_MINUTE, running=seconds.get(name, float("nan")) / 60)
-            for name in COURSE]
-    return pd.DataFrame(rows).set_index("chapter").round(1)
+    table = pd.DataFrame(index=pd.Index(COURSE, name="chapter"))
+    table["reading"] = [words(name) / WORDS_A_MINUTE for name in COURSE]
+    table["running"] = [seconds.get(name, float("nan")) / 60 for name in COURSE]
+    return table.round(1)
 
 
 if __name__ == "__main__":
-    run = json.loads((Path(sys.argv[1]) / "run.json").read_text(encoding="utf-8")) if len(sys.argv) > 1 else {}
-    course_minutes(run.get("chapters", {})).to_csv(TABLE)
+    run = json.loads((Path(sys.argv[1]) / "run.json").read_text(encoding="utf-8"))
+    course_minutes(run["chapters"]).to_csv(TABLE)

@@ -22,7 +22,8 @@ def cells(path): return nbformat.read(path, as_version=4).cells
 
 
 def test_readme_is_the_index_notebook():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "write README.md anew: python tests/write_readme.py"
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert written == readme_text(), "write README.md anew: python tests/write_readme.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -51,12 +52,12 @@ def test_the_readme_is_short():
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
-    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
     for last in ("pytest", "rsground run"):
         for start in ("python3 -m venv", "py -m venv"):
             found = [line for line in readme.splitlines() if line.startswith(start) and line.endswith(last)]
             assert len(found) == 1 and "constraints.txt" in found[0], (start, last)
-    assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README, not repeat them"
+    assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README"
 
 
 def test_the_readme_lists_every_notebook_shelf_by_shelf():
@@ -91,7 +92,9 @@ def test_a_notebook_has_its_header_and_parameters(path):
 def imported(module):
     """Modules of this package that a module's source imports anywhere, also inside functions."""
     tree = ast.parse((ROOT / "rsground_nb" / f"{module}.py").read_text(encoding="utf-8"))
-    return {(n.module or "").removeprefix("rsground_nb.") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("rsground_nb"))}
+    found = [(n.level, n.module or "") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    ours = [name for level, name in found if level or name.startswith("rsground_nb")]
+    return {name.removeprefix("rsground_nb.") for name in ours}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -100,7 +103,7 @@ def test_a_module_imports_only_chapters_above_it(module):
 
 
 def test_importing_modules_has_no_side_effects(tmp_path):
-    """In one process, in chapter order. Libraries are loaded first: what they do on import is not ours to judge."""
+    """In one process, in the order of ORDER. Libraries are loaded first: what they do on import is not ours."""
     program = f"""
 import importlib, os, random, sys
 from trl import GRPOTrainer, SFTTrainer
@@ -111,15 +114,18 @@ for k, module in enumerate({MODULES}):
     assert loaded <= set({MODULES}[:k + 1]), (module, loaded)
     assert dict(os.environ) == before, module + ' changes the environment'
     assert random.getstate() == state, module + ' changes the random state'
-    assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules, module + ' needs nbdev at run time'"""
+    assert not {{'nbdev', 'fastcore'}} & set(sys.modules), module + ' needs nbdev at run time'"""
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 def test_importing_the_package_is_light():
-    program = "import sys, rsground_nb; print(len([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'datasets', 'numpy')]))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "0"
+    program = """
+import sys, rsground_nb
+print({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'datasets', 'numpy'})"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_runtime_requirements_hold_no_nbdev():

@@ -1,5 +1,6 @@
-"""Write README.md from nbs/index.ipynb, and its picture from the tour. From the project's folder: python tests/write_readme.py"""
+"""Write README.md from nbs/index.ipynb, and its picture from the tour: python tests/write_readme.py"""
 import base64
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,16 +10,17 @@ PICTURE = ROOT / "nbs" / "images" / "tour.jpg"
 
 
 def readme_text():
-    """The index notebook as one text; links to its pictures start at the project's folder."""
+    """The index notebook as one text; its links start at the project's folder instead of nbs/."""
     cells = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
-    return "\n\n".join(cell.source for cell in cells).replace("](images/", "](nbs/images/") + "\n"
+    text = "\n\n".join(cell.source for cell in cells) + "\n"
+    return re.sub(r"\]\((?!https?:)", "](nbs/", text).replace("](nbs/../", "](")
 
 
 def tour_picture():
     """The first picture among the committed outputs of the tour, as JPEG."""
     cells = nbformat.read(ROOT / "nbs" / "00_tour.ipynb", as_version=4).cells
-    found = [o.data["image/jpeg"] for c in cells for o in c.get("outputs", []) if "image/jpeg" in o.get("data", {})]
-    return base64.b64decode(found[0])
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    return base64.b64decode(next(data["image/jpeg"] for data in shown if "image/jpeg" in data))
 
 
 if __name__ == "__main__":
