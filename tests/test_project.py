@@ -70,6 +70,11 @@ def test_the_readme_lists_every_notebook_shelf_by_shelf():
     assert places == sorted(places)
 
 
+def test_the_minutes_of_the_course_name_its_chapters():
+    rows = (ROOT / "tests" / "course_minutes.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[0] for row in rows] == ["chapter", *COURSE]
+
+
 def test_the_course_is_the_first_shelf_and_begins_with_the_tour():
     assert COURSE == [TOUR, *(name for name in ORDER if "/" not in name)]
     found = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
