@@ -36,7 +36,7 @@ class Scale:
     prompts_per_step: int       # questions in one GRPO step
     num_generations: int        # rollouts per question, G
     temperature: float          # of the rollouts
-    scale_rewards: str          # advantages are divided by the spread of rewards in the "group" or "batch"; or "none"
+    scale_rewards: str          # "group", "batch" or "none": whose spread divides advantages
     grpo_learning_rate: float
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows in one pass through the network; gradients of the passes are added up

@@ -108,7 +108,7 @@ def test_a_module_imports_only_chapters_above_it(module):
 
 
 def test_importing_modules_has_no_side_effects(tmp_path):
-    """In one process, in the order of ORDER. Libraries are loaded first: what they do on import is not ours."""
+    """In one process, in the order of ORDER. Libraries come first: their imports are not ours."""
     program = f"""
 import importlib, os, random, sys
 from trl import GRPOTrainer, SFTTrainer
