@@ -47,7 +47,7 @@ def test_the_picture_of_the_readme_is_the_tours():
 
 
 def test_the_readme_is_short():
-    words = re.sub(r"[|`*#-]", " ", (ROOT / "README.md").read_text(encoding="utf-8")).split()
+    words = (ROOT / "README.md").read_text(encoding="utf-8").replace("|", " ").split()
     assert len(words) <= 900
 
 
