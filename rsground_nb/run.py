@@ -35,7 +35,7 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
     "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
     "10_evaluate", "reference/run"]
-COURSE = [name for name in ORDER if "/" not in name]
+COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."

@@ -272,8 +272,8 @@ def test_a_group_without_an_iou_has_weight_1():
     assert weights[0].tolist() == [1.0] * G and (weights[1:] > 1).all()
 
 
-def test_the_example_of_the_readme_trains_with_trls_own_trainer(tmp_path, monkeypatch):
-    [example] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S) if "GRPOTrainer" in block]
+def test_the_example_of_the_docs_trains_with_trls_own_trainer(tmp_path, monkeypatch):
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "use.md").read_text(encoding="utf-8"), re.S) if "GRPOTrainer" in block]
     monkeypatch.chdir(tmp_path)
     page = {}
     exec(example, page)
