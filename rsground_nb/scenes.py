@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawing import (ALL_RULES, COLOURS, FINE, OTHER_COLOURS, SHAPES, STYLES, TONES,  # noqa: F401
-                                 Style, as_png, draw_scene, fine, get_style, how_many, propose, put_covers,
-                                 rectangle, turn)
-from .sentences import (EDGE, FACTOR, MARGIN, RULES, cell_name, check_expression,  # noqa: F401
-                                   choose, count_hops, describe, pattern, place_words, sentences, third)
+from .drawing import (ALL_RULES, FINE, SHAPES, TONES, Style, as_png, draw_scene, fine, get_style,
+                                 how_many, propose, put_covers, rectangle, turn)
+from .drawing import COLOURS, OTHER_COLOURS, STYLES  # noqa: F401, for importers of this module
+from .sentences import EDGE, FACTOR, MARGIN, RULES, choose, count_hops, pattern, sentences
+from .sentences import cell_name, check_expression, describe, place_words, third  # noqa: F401
 from .shapes import encode_mask
 
 # %% ../nbs/02_scenes.ipynb #5cbb2d99
