@@ -26,7 +26,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
-from .boxes import (GRID, Codec, area, completion_box, draw_boxes, iou, parse_completion, read_mask,
+from .boxes import (GRID, Codec, area, completion_box, draw_boxes, iou, parse_completion,
                                smart_resize)
 from .data import held_out, load_data, split_hash, to_dataset
 from .files import (FRAMES, GRIDS, READ_ERRORS, ImageFolder, as_finding, guess_frame, image_size, json_items,
@@ -36,6 +36,7 @@ from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .scenes import cell_name
 from .sft import sft_stage
+from .shapes import read_mask
 from .train import grpo_stage
 
 # %% ../nbs/10_evaluate.ipynb #daed61d0
