@@ -60,8 +60,8 @@ def test_readme_has_the_two_commands_that_ci_runs():
     assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README"
 
 
-def test_the_readme_lists_every_notebook_shelf_by_shelf():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_readme_and_reference_page_list_every_notebook_shelf_by_shelf():
+    readme = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference.md"))
     rows = re.findall(r"^\| ([\w/]+) \|(?: `(\w+)`)? \| .+\? \|$", readme, re.M)
     shelves = ["", "deeper", "reference"]
     wanted = [(TOUR, ""), *zip(ORDER, MODULES)]
