@@ -14,11 +14,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from .data import check_target, compare_rows, data_parts, write_jsonl
-from .files import READ_ERRORS, Defect, Finding, annotation_files, as_finding, guess_format, image_size, lines_of, open_image, printable, read_image, read_index, read_rows, turned
+from .files import annotation_files, guess_format, read_index, read_rows
+from .folders import check_target, compare_rows, data_parts, write_jsonl
+from .reading import (
+    READ_ERRORS, Defect, Finding, as_finding, image_size, lines_of, open_image, printable, read_image, turned)
 
 # %% ../nbs/reference/doctor.ipynb #e9ed46d6
-ENDINGS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}
+ENDINGS = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
+    ".webp": "WEBP"
+}
 
 def check_image(
     path: Path,
@@ -28,9 +33,12 @@ def check_image(
     image_size(path)
     if decode: read_image(path)
     with open_image(path) as image:
-        kind = "JPEG" if image.format == "MPO" else image.format  # what many cameras call .jpg: a JPEG with a second picture behind it
+        # what many cameras call .jpg: a JPEG with a second picture behind it
+        kind = "JPEG" if image.format == "MPO" else image.format
         wrong = ENDINGS.get(path.suffix.lower(), kind) != kind
-    return turned(path) + ([Defect("wrong ending", f"{path.name} is {kind}, named {path.suffix}")] if wrong else [])
+    return turned(path) + (
+        [Defect("wrong ending", f"{path.name} is {kind}, named {path.suffix}")] if wrong else []
+    )
 
 # %% ../nbs/reference/doctor.ipynb #5c6e6404
 class Report(NamedTuple):
@@ -52,13 +60,15 @@ def bad_images(paths, root, decode):
     return found
 
 def examine(
-    path: str | Path,                  # a dataset's folder, one annotation file, one index file, images, or FILE@FOLDER
+    # a dataset's folder, one annotation file, one index file, images, or FILE@FOLDER
+    path: str | Path,
     format: str | None = None,         # None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own
     decode: bool = True,               # False: image headers only
     frame: str | None = None,          # a key of FRAMES in chapter 02b, if the boxes are not in pixels
 ) -> Report:
-    "Everything that is odd about a dataset. Writes nothing. Raises ValueError if the path is in none of the layouts, OSError if it cannot be opened."
+    """Everything that is odd about a dataset. Writes nothing. Raises ValueError if the path is in none of the
+    layouts, OSError if it cannot be opened."""
     path, images = (path, images) if images else data_parts(path)
     path = Path(path)
     if not os.path.exists(path): raise ValueError(f"{path} does not exist")
@@ -75,7 +85,10 @@ def examine(
     found = bad_images(Counter(Path(r["image"]) for r in rows if r["image"]), root, decode)
     broken = {str(p) for p, odd in found.items() if any(not f.kept for f in odd)}
     good = [r for r in rows if r["image"] not in broken]
-    return Report(path, format, good, findings + [f for odd in found.values() for f in odd] + compare_rows(good), len(found))
+    return Report(
+        path, format, good, findings + [f for odd in found.values() for f in odd] + compare_rows(good),
+        len(found)
+    )
 
 def count_objects(root: Path) -> int | None:
     "How many objects the Annotations folder beside an index file holds; None if there is none."
@@ -89,7 +102,8 @@ def print_findings(findings: list, everything: bool = False):
     "Prints how many findings and lost rows there are of each kind, then the findings themselves."
     counts, lost = Counter(f.kind for f in findings), Counter()
     for f in findings: lost[f.kind] += 0 if f.kept else f.rows
-    for kind, count in counts.most_common(): print(f"  {count:6d}  {kind}" + (f" ({lost[kind]} rows)" if lost[kind] > count else ""))
+    for kind, count in counts.most_common():
+        print(f"  {count:6d}  {kind}" + (f" ({lost[kind]} rows)" if lost[kind] > count else ""))
     listed = Counter()
     for f in findings:
         listed[f.kind] += 1
@@ -113,7 +127,9 @@ def doctor(
         root = manifest and write_jsonl(report.rows, manifest, report.path)  # before a reader may hang up
         lost, kind = sum(f.rows for f in report.findings if not f.kept), "" if format else " (guessed)"
         if report.format == "images": kind = " (pictures only: no annotations here)"
-        print(f"{path}: format {report.format}{kind}, {len(report.rows)} good rows, {lost} lost, {report.images} images looked at; {len(report.findings)} findings")
+        print(
+            f"{path}: format {report.format}{kind}, {len(report.rows)} good rows, {lost} lost, {report.images} images looked at; {len(report.findings)} findings"
+        )
         print_findings(report.findings, everything)
         if manifest: print(f"{len(report.rows)} good rows written; use them as {manifest}@{root}")
     except BrokenPipeError: raise

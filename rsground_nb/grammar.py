@@ -19,22 +19,48 @@ from types import SimpleNamespace
 from .scenes import COLOURS, OTHER_COLOURS, SHAPES, TONES, cell_name
 
 # %% ../nbs/reference/grammar.ipynb #79c95e45
-SIDES = {word: side for side, words in {  # north is up
-    "left": "left west western", "right": "right east eastern", "top": "top upper north northern", "bottom": "bottom lower south southern",
-    "middle": "middle centre center central mid"}.items() for word in words.split()}
-CORNERS = {"northwest": "upper left", "northeast": "upper right", "southwest": "lower left", "southeast": "lower right"}
+SIDES = {
+    word: side
+    for side, words in {  # north is up
+        "left": "left west western",
+        "right": "right east eastern",
+        "top": "top upper north northern",
+        "bottom": "bottom lower south southern",
+        "middle": "middle centre center central mid",
+    }.items()
+    for word in words.split()
+}
+CORNERS = {
+    "northwest": "upper left", "northeast": "upper right", "southwest": "lower left",
+    "southeast": "lower right"
+}
 ENDS = {f"{word}most": side for word, side in SIDES.items() if side != "middle"}
-NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)}
+NUMBERS = {
+    word: k
+    for k, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)
+}
 NUMBERS |= {str(k): k for k in range(1, 13)} | {"both": 2}
-ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)} | {"1st": 1, "2nd": 2, "3rd": 3, "last": -1}
-RELATIONS = {words: kind for kind, several in {  # kind "" where the words give no direction
-    "above": "above, over", "below": "below, under, underneath, beneath", "between": "between",
-    "near": "near, nearby, beside, alongside, next to, close to, closer to, adjacent to, nearest to, closest to",
-    "": "surrounded by, in front of, opposite, behind, along, around, inside, within, across, far from, away from, furthest from, farthest from, "
-        "connected to, attached to, parallel to, facing, among, than, in, on, at, with, has, have, having, by, of"}.items() for words in several.split(", ")}
+ORDINALS = {
+    word: k
+    for k, word in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)
+} | {"1st": 1, "2nd": 2, "3rd": 3, "last": -1}
+RELATIONS = {
+    words: kind
+    for kind, several in {  # kind "" where the words give no direction
+        "above": "above, over",
+        "below": "below, under, underneath, beneath",
+        "between": "between",
+        "near": "near, nearby, beside, alongside, next to, close to, closer to, adjacent to, nearest to, closest to",
+        "": "surrounded by, in front of, opposite, behind, along, around, inside, within, across, far from, away from, furthest from, farthest from, "
+        "connected to, attached to, parallel to, facing, among, than, in, on, at, with, has, have, having, by, of",
+    }.items()
+    for words in several.split(", ")
+}
 
 # %% ../nbs/reference/grammar.ipynb #956c69a5
-NOUNS = {*" ".join(SHAPES).split(), *"""
+NOUNS = {
+    *" ".join(SHAPES).split(),
+    *"""
     aeroplane aircraft airfield airliner airplane airport apron area arena barge baseball basketball bay beach block boat body bridge building bus bush canal car
     cargo chimney church circle city coast color colour column container corridor court crane cropland crown dam diamond dock expressway facility factory farm
     farmland fence ferry field football forest freeway garden gas golf grass grassland ground group grove gym gymnasium hall hangar harbor harbour helicopter helipad
@@ -42,28 +68,49 @@ NOUNS = {*" ".join(SHAPES).split(), *"""
     overpass pad pair panel park parking path pavement person pier pitch plane plant playground plaza pole pond pool port power quay rail railway rank reservoir ring
     river road roof roundabout row runway sand school sea service ship shore sidewalk slide soccer soil solar sport stadium station storage stream street structure
     swimming tank tennis tent terminal toll tower town track trailer train tree truck tunnel turbine van vegetation vehicle vessel viaduct villa village vineyard
-    volleyball wall warehouse water waterway wharf wind windmill woods yacht yard""".split()}
-PLURALS = {form: noun for noun in NOUNS for form in (noun + "s", noun + "es", noun[:-1] + "ies" if noun.endswith("y") else noun) if form not in NOUNS}
+    volleyball wall warehouse water waterway wharf wind windmill woods yacht yard""".split()
+}
+PLURALS = {
+    form: noun
+    for noun in NOUNS
+    for form in (noun + "s", noun + "es", noun[:-1] + "ies" if noun.endswith("y") else noun)
+    if form not in NOUNS
+}
 LEXICON = {  # kind -> words; a word is of the first kind that lists it
     "noun": " ".join(sorted([*NOUNS, *PLURALS])),
-    "colour": " ".join(["gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful", *COLOURS, *OTHER_COLOURS, *TONES]),
+    "colour": " ".join(
+        [
+            "gray grey brown pink cyan beige silver reddish reddish-brown greenish bluish colourful",
+            *COLOURS, *OTHER_COLOURS, *TONES
+        ]
+    ),
     "size": """large larger largest small smaller smallest big bigger biggest tiny tiniest huge long longer longest short shorter shortest tall taller tallest medium
         medium-sized wide widest narrow""",
     "adjective": """adjacent round circular square rectangular oval curved straight main only single sole lone dead living u-shaped l-shaped t-shaped parked docked moored
         moving empty full dense bare concrete asphalt grassy sandy wooden metal open covered outdoor indoor light diagonal horizontal vertical parallel old new residential
         industrial commercial connected""",
-    "number": " ".join(NUMBERS), "ordinal": " ".join(ORDINALS), "end": " ".join(ENDS), "side": " ".join([*SIDES, *CORNERS, "far", "extreme"]),
-    "superlative": "nearest closest furthest farthest", "determiner": "a an the some several another other this these those any all each its their",
-    "preposition": "in on at to towards toward from near", "relation": " ".join(words.split()[0] for words in RELATIONS),
-    "adverb": "immediately directly just exactly slightly very", "negation": "not no without except isn aren never",
+    "number": " ".join(NUMBERS),
+    "ordinal": " ".join(ORDINALS),
+    "end": " ".join(ENDS),
+    "side": " ".join([*SIDES, *CORNERS, "far", "extreme"]),
+    "superlative": "nearest closest furthest farthest",
+    "determiner": "a an the some several another other this these those any all each its their",
+    "preposition": "in on at to towards toward from near",
+    "relation": " ".join(words.split()[0] for words in RELATIONS),
+    "adverb": "immediately directly just exactly slightly very",
+    "negation": "not no without except isn aren never",
     "image": "image picture scene photo photograph frame map view",
     "part": "part side hand corner edge border region portion half section area end quarter quadrant margin zone cell third ninth",
     "link": "of also it they that which is are was were be being and but located situated lying lies lie stands standing positioned placed found there position",
     "request": "find search locate show detect identify segment where please for me can you help i want give",
 }
-KIND = {word: kind for kind, words in reversed(LEXICON.items()) for word in words.split()} | {"": "end of text", ",": "link"}
+KIND = {word: kind for kind, words in reversed(LEXICON.items()) for word in words.split()} | {
+    "": "end of text", ",": "link"
+}
 DETERMINERS, PREPOSITIONS, ADVERBS, SUPERLATIVES, PARTS, IMAGES = (
-    {*LEXICON[kind].split()} for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image"))
+    {*LEXICON[kind].split()}
+    for kind in ("determiner", "preposition", "adverb", "superlative", "part", "image")
+)
 
 # %% ../nbs/reference/grammar.ipynb #c0320f24
 TOKEN = re.compile(r"(?:[ult]-shaped|reddish-brown|medium-sized)\b|[^\W_]+|[^\w\s'’-]")
@@ -77,10 +124,23 @@ def split_words(text):
     return words + [""] * 4
 
 # %% ../nbs/reference/grammar.ipynb #d9324287
-PAIRS = {pair: f"{'upper' if v == 'top' else 'lower'} {h}" for v in ("top", "bottom") for h in ("left", "right") for pair in ((v, h), (h, v))}
-PAIRS |= {pair: f"centre of the {s}" for s in ("left", "right", "top", "bottom") for pair in (("middle", s), (s, "middle"))}
+PAIRS = {
+    pair: f"{'upper' if v == 'top' else 'lower'} {h}"
+    for v in ("top", "bottom")
+    for h in ("left", "right")
+    for pair in ((v, h), (h, v))
+}
+PAIRS |= {
+    pair: f"centre of the {s}"
+    for s in ("left", "right", "top", "bottom")
+    for pair in (("middle", s), (s, "middle"))
+}
 
-CELLS = {"top left": "upper left", "top right": "upper right", "bottom left": "lower left", "bottom right": "lower right", "centre": "middle"}  # as chapter 02 calls them
+# as chapter 02 calls them
+CELLS = {
+    "top left": "upper left", "top right": "upper right", "bottom left": "lower left",
+    "bottom right": "lower right", "centre": "middle"
+}
 
 def skip(words, i, some, most=4):
     "The place after up to `most` of some words."
@@ -88,14 +148,16 @@ def skip(words, i, some, most=4):
     return i
 
 def side(words, i):
-    "(position, next) of 'left', 'far top', 'upper left', 'left half', 'middle', 'top centre'; ('', i) if there is none."
+    """(position, next) of 'left', 'far top', 'upper left', 'left half', 'middle', 'top centre'; ('', i) if
+    there is none."""
     j = i + (words[i] in ("far", "extreme", "very"))
     first = SIDES.get(words[j])
     if not first: return (CORNERS[words[j]], j + 1) if words[j] in CORNERS else ("", i)
     if words[j + 1] == "half" and first != "middle": return f"{first} half", j + 2
     pair = PAIRS.get((first, SIDES.get(words[j + 1])))
     name, n = (pair, j + 2) if pair else (first, j + 1)
-    if j > i and name[:5] not in ("upper", "lower"): name = re.sub(r"(left|right|top|bottom)$", r"far \1", name)
+    if j > i and name[:5] not in ("upper", "lower"):
+        name = re.sub(r"(left|right|top|bottom)$", r"far \1", name)
     return name, n
 
 def direction(words, i):
@@ -104,7 +166,12 @@ def direction(words, i):
     if where == "middle":
         of = skip(words, n, PARTS)
         inner, j = side(words, skip(words, of + 1, DETERMINERS)) if words[of] == "of" else ("", i)
-        if inner and inner != "middle": return (f"centre of the {inner}" if inner.split()[0] in ("far", "left", "right", "top", "bottom") else inner), j
+        if inner and inner != "middle":
+            return (
+                f"centre of the {inner}"
+                if inner.split()[0] in ("far", "left", "right", "top", "bottom")
+                else inner
+            ), j
     return where, n
 
 # %% ../nbs/reference/grammar.ipynb #79674430
@@ -116,7 +183,9 @@ class Phrase:
     number: int = 1         # "three adjacent tennis courts": 3
     attributes: tuple = ()  # colours and other adjectives in order
     position: str = ""      # absolute, a key of REGIONS or HALVES
-    order: tuple = ()       # of (k, side): third from the left (3, "left"), nearest to the top left corner (1, "upper left"); last: k = -1; no side: ""
+    # of (k, side): third from the left (3, "left"), nearest to the top left corner (1, "upper left");
+    # last: k = -1; no side: ""
+    order: tuple = ()
     size: str = ""          # as written: "largest", "second largest"
     relations: tuple = ()   # of Relation
     unknown: tuple = ()     # words
@@ -125,27 +194,38 @@ class Phrase:
 class Relation:
     "Where the target stands to each of the anchors (for `between`: to all of them)."
     words: str      # "on the upper left of"
-    kind: str       # left, right, above, below, upper left, upper right, lower left, lower right, near, between; "" if the words give no direction
+    # left, right, above, below, upper left, upper right, lower left, lower right, near, between; "" if
+    # the words give no direction
+    kind: str
     anchors: tuple  # of Phrase, at least one
 
     @property
     def anchor(self): return self.anchors[0]
 
 def blank(marks, depth=0):
-    "A phrase in the making; `best` is a 'nearest' that waits for its 'to', `marks` are shared with the anchors."
-    return SimpleNamespace(target="", number=1, attributes=[], position="", order=[], size="", relations=[], unknown=[], best="", marks=marks, depth=depth)
+    """A phrase in the making; `best` is a 'nearest' that waits for its 'to', `marks` are shared with the
+    anchors."""
+    return SimpleNamespace(
+        target="", number=1, attributes=[], position="", order=[], size="", relations=[], unknown=[], best="",
+        marks=marks, depth=depth
+    )
 
 def finish(text, said):
     unknown = said.unknown + [said.best] * bool(said.best)
-    return Phrase(text, said.target, said.number, tuple(said.attributes), said.position, tuple(said.order), said.size, tuple(said.relations), tuple(unknown))
+    return Phrase(
+        text, said.target, said.number, tuple(said.attributes), said.position, tuple(said.order), said.size,
+        tuple(said.relations), tuple(unknown)
+    )
 
 # %% ../nbs/reference/grammar.ipynb #54c5bce2
 CUE_KINDS = {"colour": "colour", "size": "size", "ordinal": "order", "end": "order", "side": "position"}
 
 def read_modifier(words, i, said):
-    "Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if there is none."
+    """Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if
+    there is none."""
     word, kind, n = words[i], KIND.get(words[i]), i + 1
-    if kind == "ordinal" and KIND.get(words[n]) == "size" and words[n].endswith("est"): word, kind, n = f"{word} {words[n]}", "size", n + 1
+    if kind == "ordinal" and KIND.get(words[n]) == "size" and words[n].endswith("est"):
+        word, kind, n = f"{word} {words[n]}", "size", n + 1
     if kind == "size": said.size = f"{said.size} {word}".strip()
     elif kind == "colour" or (kind == "adjective" and words[n] != "to"): said.attributes.append(word)
     elif kind == "number": said.number = NUMBERS[word]
@@ -158,7 +238,8 @@ def read_modifier(words, i, said):
     elif kind == "side":
         where, n = direction(words, i)
         of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
-        if where and of and KIND.get(words[of]) == "number": kind = "end"; said.order.append((1, where))  # 'the upper of the two ships'
+        # 'the upper of the two ships'
+        if where and of and KIND.get(words[of]) == "number": kind = "end"; said.order.append((1, where))
         elif not where or KIND.get(words[n], "noun") not in ("noun", "colour", "size", "adjective", "number"): return i
         else: said.position = said.position or where
     elif kind != "determiner": return i
@@ -170,9 +251,14 @@ def read_noun(words, i, said):
     run, known, picked = [], False, False
     while words[i]:
         kind = KIND.get(words[i])
-        if kind == "noun" or (kind is None and not known): run.append(words[i]); known |= kind == "noun"; n = i + 1
-        elif words[i] == "of" and not run and (said.order or KIND.get(words[i - 1]) == "number"): picked, n = True, i + 1  # 'the second of the three ships'
-        elif words[i] == "and" and not run and said.attributes and KIND.get(words[i + 1]) == "colour": n = i + 1  # 'the gray and white harbor'
+        if kind == "noun" or (kind is None and not known):
+            run.append(words[i])
+            known |= kind == "noun"
+            n = i + 1
+        # 'the second of the three ships'
+        elif words[i] == "of" and not run and (said.order or KIND.get(words[i - 1]) == "number"): picked, n = True, i + 1
+        # 'the gray and white harbor'
+        elif words[i] == "and" and not run and said.attributes and KIND.get(words[i + 1]) == "colour": n = i + 1
         else: n = i if known and kind != "adjective" else read_modifier(words, i, said)
         if n == i: break
         i = n
@@ -184,7 +270,8 @@ def read_noun(words, i, said):
 
 # %% ../nbs/reference/grammar.ipynb #02223081
 def read_anchors(words, i, said, alone=False):
-    "([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'; `alone`: what follows is not theirs."
+    """([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'; `alone`:
+    what follows is not theirs."""
     found, j = [], i
     while True:
         count, one = len(said.marks), blank(said.marks, said.depth + 1)
@@ -196,10 +283,12 @@ def read_anchors(words, i, said, alone=False):
         found.append(finish(" ".join(words[j:n]), one)); i, j = n, n + 1
         if words[i] not in ("and", ",") or direction(words, skip(words, j, DETERMINERS))[0]: return found, i
 
-WITH = ("with", "has", "have", "having")  # 'the building with a red roof on the right': the building is on the right
+# 'the building with a red roof on the right': the building is on the right
+WITH = ("with", "has", "have", "having")
 
 def add_relation(words, start, i, kind, said):
-    "Add the relation named by words[start:i] to the anchors from `i` on; without anchors its words are unknown. The next place."
+    """Add the relation named by words[start:i] to the anchors from `i` on; without anchors its words are
+    unknown. The next place."""
     text = " ".join(words[start:i])
     if said.best and words[start] == "to": text, said.best = f"{said.best} to", ""
     if text not in ("of", "by", *WITH): said.marks.append([start, "relation", text])
@@ -212,23 +301,41 @@ def add_relation(words, start, i, kind, said):
 # %% ../nbs/reference/grammar.ipynb #b4737cc1
 def kind_of(where):
     "The kind of relation: 'far top' -> 'above', 'upper left' as it is, 'middle' -> ''."
-    return where if where[:5] in ("upper", "lower") else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
+    return (
+        where
+        if where[:5] in ("upper", "lower")
+        else {"top": "above", "bottom": "below", "middle": ""}.get(where.split()[-1], where.split()[-1])
+    )
 
 def read_place(words, i, said):
-    "Read 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge' from `i`; the next place, `i` if there is none."
+    """Read 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge'
+    from `i`; the next place, `i` if there is none."""
     start = skip(words, i, ADVERBS)
     best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
-    j = skip(words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS), DETERMINERS)
+    j = skip(
+        words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS),
+        DETERMINERS
+    )
     where, n = direction(words, j)
     if not where or (best and words[start + 1] == "from"): return i
-    if where == "right" and j == start and words[n] != "of" and KIND.get(words[n]) in ("relation", "preposition"): return i  # 'right next to'
+    # 'right next to'
+    if (
+        where == "right"
+        and j == start
+        and words[n] != "of"
+        and KIND.get(words[n]) in ("relation", "preposition")
+    ):
+        return i
     kind, n = kind_of(where), skip(words, n, PARTS)
     if words[n - 1] in PARTS - {"side", "hand"}: kind = ""  # 'at the left end of the runway' is on it
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
     if of and words[of] in IMAGES: n, of = of + 1, 0
-    if words[start] == "from" or (best and not of): return add_order(words, start, n, where.replace("far ", ""), said)
+    if words[start] == "from" or (best and not of):
+        return add_order(words, start, n, where.replace("far ", ""), said)
     if of: return add_relation(words, i, n + 1, "near" if best or words[start] == "near" else kind, said)
-    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]: return add_relation(words, i, n, kind, said)  # 'of' is missing
+    # 'of' is missing
+    if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]:
+        return add_relation(words, i, n, kind, said)
     said.marks.append([i, "position", " ".join(words[i:n])])
     if said.position: said.unknown += words[i:n]
     else: said.position = where
@@ -236,9 +343,11 @@ def read_place(words, i, said):
 
 # %% ../nbs/reference/grammar.ipynb #08260ad5
 def add_order(words, start, n, where, said):
-    "'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a group may follow. The next place."
+    """'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a
+    group may follow. The next place."""
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
-    if not begun and words[start] == "from" and words[n] != "of": said.unknown += words[start:n]  # 'a road from the top to the bottom'
+    # 'a road from the top to the bottom'
+    if not begun and words[start] == "from" and words[n] != "of": said.unknown += words[start:n]
     elif begun:
         said.order[-1] = (said.order[-1][0], where)
         next(m for m in reversed(said.marks) if m[1] == "order")[2] += f" {text}"
@@ -248,47 +357,63 @@ def add_order(words, start, n, where, said):
     return read_group(words, n, said)
 
 def read_group(words, i, said):
-    "Read 'of some tennis courts' or 'of the five', from which an order picks; the next place, `i` if there is none."
+    """Read 'of some tennis courts' or 'of the five', from which an order picks; the next place, `i` if there
+    is none."""
     if words[i] != "of": return i
     count, one = len(said.marks), blank(said.marks)
     n = read_noun(words, i + 1, one)
     if said.target and one.target not in ("", said.target) or n == i + 1:
         del said.marks[count:]
         return i
-    said.target, said.position, said.unknown = said.target or one.target, said.position or one.position, said.unknown + one.unknown
+    said.target, said.position, said.unknown = (
+        said.target or one.target, said.position or one.position, said.unknown + one.unknown
+    )
     if said.position == "middle" and not one.target:  # 'the middle car of the five'
         said.position, said.order, said.marks[-1][1] = "", [(1, "middle")], "order"
     return n
 
 # %% ../nbs/reference/grammar.ipynb #67726d23
 def read_relation(words, i, said):
-    "Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next place, `i` if there is none."
+    """Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next
+    place, `i` if there is none."""
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
     if said.best and words[i] == "to": n, kind = i + 1, "near"  # 'the nearest car to the bus'
     else:
-        n = next((j + k for k in (3, 2, 1) if words[j] in FIRST_WORDS and " ".join(words[j:j + k]) in RELATIONS), None)
+        n = next(
+            (j + k for k in (3, 2, 1) if words[j] in FIRST_WORDS and " ".join(words[j : j + k]) in RELATIONS),
+            None
+        )
         if n is None: return i
         kind = RELATIONS[" ".join(words[j:n])]
     image = skip(words, n, DETERMINERS)
-    return image + 1 if words[image] in IMAGES else add_relation(words, i, n, kind, said)  # 'in the image' says nothing
+    # 'in the image' says nothing
+    return image + 1 if words[image] in IMAGES else add_relation(words, i, n, kind, said)
 
 def read_again(words, i, said):
-    "Read 'and the baseball field' where that is the target once more and 'is' follows; the next place, `i` if it is something else."
+    """Read 'and the baseball field' where that is the target once more and 'is' follows; the next place, `i`
+    if it is something else."""
     if words[i] != "and": return i
     one = blank([])
     n = read_noun(words, i + 1, one)
     return n if n > i + 1 and one.target == said.target and words[n] in ("is", "are") else i
 
 def read_late(words, i, said):
-    "Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next place, `i` if there is none."
+    """Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next
+    place, `i` if there is none."""
     j = skip(words, skip(words, i, PREPOSITIONS), DETERMINERS)
     kind = KIND.get(words[j])
-    fits = kind == "end" or (j == i and kind in ("adjective", "colour", "size")) or (kind == "ordinal" and words[j + 1] == "from")
+    fits = (
+        kind == "end"
+        or (j == i and kind in ("adjective", "colour", "size"))
+        or (kind == "ordinal" and words[j + 1] == "from")
+    )
     return read_modifier(words, j, said) if fits else i
 
 def read_negation(words, i, said):
-    "Read 'not the red one' and 'without cargo': what is denied stays unknown, to the next comma or 'but'. The next place, `i` if there is none."
-    if KIND.get(words[i]) != "negation" or (words[i] == "no" and words[i + 1] in DETERMINERS): return i  # 'no the left' is a mistyped 'on'
+    """Read 'not the red one' and 'without cargo': what is denied stays unknown, to the next comma or 'but'.
+    The next place, `i` if there is none."""
+    # 'no the left' is a mistyped 'on'
+    if KIND.get(words[i]) != "negation" or (words[i] == "no" and words[i + 1] in DETERMINERS): return i
     n = next(k for k in range(i, len(words)) if words[k] in ("", ",", "but"))
     said.unknown += words[i:n]
     return n
@@ -297,9 +422,11 @@ FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
 # %% ../nbs/reference/grammar.ipynb #a1c4fa0b
 def read_tail(words, i, said):
-    "Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'. The next place."
+    """Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'.
+    The next place."""
     while words[i] and not (said.depth and words[i] in ENDINGS):
-        if words[i] in ("that", "which") and words[i + 1] == "is" and words[i + 2] in SUPERLATIVES: i += 2  # 'that is nearest to'
+        # 'that is nearest to'
+        if words[i] in ("that", "which") and words[i + 1] == "is" and words[i + 2] in SUPERLATIVES: i += 2
         n = i
         for reading in (read_negation, read_place, read_group, read_late, read_relation, read_again):
             if n == i and words[i] not in LINKS: n = reading(words, i, said)
@@ -312,7 +439,9 @@ LINKS, ENDINGS = {*LEXICON["link"].split(), ","} - {"and", "of"}, {"and", ",", "
 def read_text(text):
     "(Phrase, marks) of a text; a mark is [place, kind, words] of a cue."
     words, said = split_words(text), blank([])
-    start = next(i for i, word in enumerate(words) if KIND.get(word) != "request" and word not in ("is", "are"))
+    start = next(
+        i for i, word in enumerate(words) if KIND.get(word) != "request" and word not in ("is", "are")
+    )
     read_tail(words, read_noun(words, start, said), said)
     return finish(text, said), said.marks
 
@@ -320,35 +449,55 @@ def read_text(text):
 def parse_expression(
     text: str,
 ) -> Phrase:
-    "What a referring expression says, and in `unknown` what was not understood of it. Never raises for a str."
+    """What a referring expression says, and in `unknown` what was not understood of it. Never raises for a
+    str."""
     return read_text(text)[0]
 
 # %% ../nbs/reference/grammar.ipynb #ccec8a38
 def cues(
     text: str,
 ) -> list:
-    "(kind, words) of each cue in reading order, anchors included; kinds: order, relation, position, size, colour."
+    """(kind, words) of each cue in reading order, anchors included; kinds: order, relation, position, size,
+    colour."""
     return [(kind, words) for _, kind, words in sorted(read_text(text)[1], key=lambda mark: mark[0])]
 
 # %% ../nbs/reference/grammar.ipynb #b71f0a53
 def hops(
     phrase: Phrase,
 ) -> int:
-    "Steps that lead to the target, at least 1: one for its position, its order or size, each relation, and those of the anchors."
+    """Steps that lead to the target, at least 1: one for its position, its order or size, each relation, and
+    those of the anchors."""
     own = bool(phrase.position) + bool(phrase.order or phrase.size) + len(phrase.relations)
     return max(1, own) + sum(hops(anchor) for relation in phrase.relations for anchor in relation.anchors)
 
 # %% ../nbs/reference/grammar.ipynb #16240e67
 REGIONS = {  # position -> (x1, y1, x2, y2), shares of width and height, for the centre of the target's box
-    "upper left": (0, 0, 0.45, 0.45), "upper right": (0.55, 0, 1, 0.45), "lower left": (0, 0.55, 0.45, 1), "lower right": (0.55, 0.55, 1, 1),
+    "upper left": (0, 0, 0.45, 0.45),
+    "upper right": (0.55, 0, 1, 0.45),
+    "lower left": (0, 0.55, 0.45, 1),
+    "lower right": (0.55, 0.55, 1, 1),
     "middle": (0.3, 0.3, 0.7, 0.7),
-    "left": (0, 0, 0.4, 1), "right": (0.6, 0, 1, 1), "top": (0, 0, 1, 0.4), "bottom": (0, 0.6, 1, 1),
-    "far left": (0, 0, 0.35, 1), "far right": (0.65, 0, 1, 1), "far top": (0, 0, 1, 0.35), "far bottom": (0, 0.65, 1, 1),
-    "centre of the left": (0, 0.3, 0.4, 0.7), "centre of the right": (0.6, 0.3, 1, 0.7),
-    "centre of the top": (0.3, 0, 0.7, 0.4), "centre of the bottom": (0.3, 0.6, 0.7, 1),
-    "centre of the far left": (0, 0.3, 0.2, 0.7), "centre of the far right": (0.8, 0.3, 1, 0.7),
-    "centre of the far top": (0.3, 0, 0.7, 0.2), "centre of the far bottom": (0.3, 0.8, 0.7, 1)}
-HALVES = {"left half": (0, 0, 0.5, 1), "right half": (0.5, 0, 1, 1), "top half": (0, 0, 1, 0.5), "bottom half": (0, 0.5, 1, 1)}
+    "left": (0, 0, 0.4, 1),
+    "right": (0.6, 0, 1, 1),
+    "top": (0, 0, 1, 0.4),
+    "bottom": (0, 0.6, 1, 1),
+    "far left": (0, 0, 0.35, 1),
+    "far right": (0.65, 0, 1, 1),
+    "far top": (0, 0, 1, 0.35),
+    "far bottom": (0, 0.65, 1, 1),
+    "centre of the left": (0, 0.3, 0.4, 0.7),
+    "centre of the right": (0.6, 0.3, 1, 0.7),
+    "centre of the top": (0.3, 0, 0.7, 0.4),
+    "centre of the bottom": (0.3, 0.6, 0.7, 1),
+    "centre of the far left": (0, 0.3, 0.2, 0.7),
+    "centre of the far right": (0.8, 0.3, 1, 0.7),
+    "centre of the far top": (0.3, 0, 0.7, 0.2),
+    "centre of the far bottom": (0.3, 0.8, 0.7, 1),
+}
+HALVES = {
+    "left half": (0, 0, 0.5, 1), "right half": (0.5, 0, 1, 1), "top half": (0, 0, 1, 0.5),
+    "bottom half": (0, 0.5, 1, 1)
+}
 
 # %% ../nbs/reference/grammar.ipynb #5d5dda2a
 def region(
@@ -363,9 +512,11 @@ def in_region(
     box, width, height,  # original pixels
     slack: float = 0.0,  # by which the region is wider on all sides, share of the side
 ) -> bool:
-    "True if the centre of the box lies where the position says; a centre beyond the border counts as on it. Raises ValueError for an unknown position."
+    """True if the centre of the box lies where the position says; a centre beyond the border counts as on it.
+    Raises ValueError for an unknown position."""
     x1, y1, x2, y2 = (REGIONS | HALVES).get(CELLS.get(position, position)) or unknown_position(position)
     x, y = (min(1, max(0, (box[k] + box[k + 2]) / 2 / length)) for k, length in enumerate((width, height)))
     return x1 - slack <= x <= x2 + slack and y1 - slack <= y <= y2 + slack
 
-def unknown_position(position): raise ValueError(f"unknown position {position!r}: use some of {', '.join(REGIONS)}")
+def unknown_position(position):
+    raise ValueError(f"unknown position {position!r}: use some of {', '.join(REGIONS)}")

@@ -24,9 +24,10 @@ import pandas as pd
 from datasets import Dataset
 from tqdm import tqdm
 
-from .data import FEATURES, check_target, load_folder
-from .files import Defect, read_image, read_rows
+from .folders import FEATURES, check_target, load_folder
+from .files import read_rows
 from .grammar import PLURALS
+from .reading import Defect, read_image
 from .sentences import RULES, Picture, Seen, check_expression, choose, count_hops
 
 # %% ../nbs/reference/refer.ipynb #48f54c48
