@@ -52,23 +52,16 @@ def resplit(
         raise ValueError(f"shares {shares} must be three numbers from 0 that add up to 1")
     if not splits: raise ValueError("there are no rows to split")
     table = concatenate_datasets(list(splits.values())).with_format("arrow")[:]
-    names, group = np.unique(
-        table["image_id"].to_numpy() if how == "disjoint" else np.arange(len(table)), return_inverse=True
-    )
+    units = table["image_id"].to_numpy() if how == "disjoint" else np.arange(len(table))
+    names, group = np.unique(units, return_inverse=True)
     counts, part, wanted = np.bincount(group), np.empty(len(names), int), np.array(shares) * len(table)
-    # an image goes where most rows are still wanted
     for k in np.random.default_rng(seed).permutation(len(names)):
-        part[k] = wanted.argmax()
+        part[k] = wanted.argmax()  # where most rows are still wanted
         wanted[part[k]] -= counts[k]
     chosen = {name: table.take(np.flatnonzero(part[group] == k)) for k, name in enumerate(SPLITS)}
     at = table.schema.get_field_index("split")
-    return {
-        name: Dataset(
-            t.set_column(at, "split", pa.array([name] * len(t))), info=DatasetInfo(features=FEATURES)
-        )
-        for name, t in chosen.items()
-        if len(t)
-    }
+    named = {name: t.set_column(at, "split", pa.array([name] * len(t))) for name, t in chosen.items() if len(t)}
+    return {name: Dataset(t, info=DatasetInfo(features=FEATURES)) for name, t in named.items()}
 
 # %% ../nbs/03_data.ipynb #915cbe55
 def split_folder(
@@ -82,9 +75,8 @@ def split_folder(
     JSON lines. Raises ValueError."""
     path, images = data_parts(data)
     if images is None: check_target(out, path)
-    _, rows, findings = read_rows(
-        path, format, images or (Path(path).parent if Path(path).is_file() else None), frame=frame
-    )
+    folder = images or (Path(path).parent if Path(path).is_file() else None)
+    _, rows, findings = read_rows(path, format, folder, frame=frame)
     new = resplit({"all": to_dataset([{**r, "split": "all"} for r in rows])} if rows else {}, how, seed)
     written = [
         {**r, "image": r["image"] and r["image"]["path"]}
@@ -111,9 +103,8 @@ def load_data(
     if not os.path.exists(path): raise ValueError(f"{data} is not a folder (use \"scenes\" for drawn scenes)")
     splits, findings = load_folder(path, images=images, cache=cache_folder())
     if "train" not in splits:
-        raise ValueError(
-            f"{data} has no usable training rows (splits: {', '.join(splits) or 'none'}; {len(findings)} findings: see rsground data doctor)"
-        )
+        found = f"splits: {', '.join(splits) or 'none'}; {len(findings)} findings: see rsground data doctor"
+        raise ValueError(f"{data} has no usable training rows ({found})")
     if splits["train"].cast_column("image", Image(decode=False))[0]["image"] is None:
         raise ValueError(f"{data} has no images: a model cannot be trained on it")
     return splits, findings
@@ -130,18 +121,9 @@ def describe(
     splits: dict,  # of load_data
 ) -> tuple:
     "Two tables: rows, images and hash of every split; and rows by category."
-    sizes = pd.DataFrame(
-        [
-            dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows))
-            for name, rows in splits.items()
-        ],
-        columns=["split", "N", "images", "hash"]
-    ).set_index("split")
-    kinds = (
-        pd.DataFrame(
-            {name: Counter(c or "(none)" for c in rows["category"]) for name, rows in splits.items()}
-        )
-        .fillna(0)
-        .astype(int)
-    )
+    sizes = [dict(split=name, N=len(rows), images=len(set(rows["image_id"])), hash=split_hash(rows))
+             for name, rows in splits.items()]
+    sizes = pd.DataFrame(sizes, columns=["split", "N", "images", "hash"]).set_index("split")
+    kinds = {name: Counter(c or "(none)" for c in rows["category"]) for name, rows in splits.items()}
+    kinds = pd.DataFrame(kinds).fillna(0).astype(int)
     return sizes, kinds.loc[kinds.sum(axis=1).sort_values(ascending=False, kind="stable").index]

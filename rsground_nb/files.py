@@ -315,7 +315,8 @@ def read_rsvg_hr(path: Path, images: ImageFolder) -> tuple:
         if re.match(r"\d+(\.\d+)?,", expression):
             raise Defect(
                 "decimal comma",
-                f"the expression begins with a number, {expression[:12]!r}: a decimal comma in the box {', '.join(corners)}?"
+                f"the expression begins with a number, {expression[:12]!r}: "
+                f"a decimal comma in the box {', '.join(corners)}?"
             )
         image = images.find(name.strip())
         width, height = images.size(image) if image else (1024, 1024)
@@ -1294,6 +1295,7 @@ def not_read(path: Path) -> str:
         ""
     )
     if pictures and not hint:
-        return f"{path} holds {len(pictures)} pictures and no annotations: a dataset needs a file with expressions and boxes"
+        needed = "a dataset needs a file with expressions and boxes"
+        return f"{path} holds {len(pictures)} pictures and no annotations: {needed}"
     if packed and not hint: hint = f" (it holds the archive {quote(packed[0].name)}: unpack it)"
     return f"{path} is in none of the known layouts: {', '.join(LAYOUTS)}{hint}"
