@@ -60,8 +60,10 @@ def resplit(
         wanted[part[k]] -= counts[k]
     chosen = {name: table.take(np.flatnonzero(part[group] == k)) for k, name in enumerate(SPLITS)}
     at = table.schema.get_field_index("split")
-    named = {name: t.set_column(at, "split", pa.array([name] * len(t))) for name, t in chosen.items() if len(t)}
-    return {name: Dataset(t, info=DatasetInfo(features=FEATURES)) for name, t in named.items()}
+    def as_split(name, t):
+        named = t.set_column(at, "split", pa.array([name] * len(t)))
+        return Dataset(named, info=DatasetInfo(features=FEATURES))
+    return {name: as_split(name, t) for name, t in chosen.items() if len(t)}
 
 # %% ../nbs/03_data.ipynb #915cbe55
 def split_folder(

@@ -54,14 +54,12 @@ def bad_images(paths, root, decode):
     found = {}
     for path in tqdm(sorted(paths), desc="looking at images", unit=" images", delay=3):
         name = os.path.relpath(path, root)
-        try:
-            found[path] = [Finding(d.kind, str(d), name, kept=True) for d in check_image(path, decode)]
+        try: found[path] = [Finding(d.kind, str(d), name, kept=True) for d in check_image(path, decode)]
         except READ_ERRORS as e: found[path] = [as_finding(e, name, rows=paths[path])]
     return found
 
 def examine(
-    # a dataset's folder, one annotation file, one index file, images, or FILE@FOLDER
-    path: str | Path,
+    path: str | Path,                  # a folder, an annotation file, an index file, images, or FILE@FOLDER
     format: str | None = None,         # None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own
     decode: bool = True,               # False: image headers only
@@ -85,10 +83,8 @@ def examine(
     found = bad_images(Counter(Path(r["image"]) for r in rows if r["image"]), root, decode)
     broken = {str(p) for p, odd in found.items() if any(not f.kept for f in odd)}
     good = [r for r in rows if r["image"] not in broken]
-    return Report(
-        path, format, good, findings + [f for odd in found.values() for f in odd] + compare_rows(good),
-        len(found)
-    )
+    findings += [f for odd in found.values() for f in odd] + compare_rows(good)
+    return Report(path, format, good, findings, len(found))
 
 def count_objects(root: Path) -> int | None:
     "How many objects the Annotations folder beside an index file holds; None if there is none."

@@ -105,14 +105,10 @@ def fingerprint(paths: list, *more) -> str:
             digest.update(os.fsencode(e.name) + f"\t{about.st_size}\t{about.st_mtime_ns}\n".encode())
             if inner: add(e.path, depth + 1)
     for path in paths:
-        digest.update(
-            os.fsencode(os.path.realpath(path))
-            + (
-                f"{os.stat(path).st_size} {os.stat(path).st_mtime_ns}".encode()
-                if os.path.isfile(path)
-                else b""
-            )
-        )
+        digest.update(os.fsencode(os.path.realpath(path)))
+        if os.path.isfile(path):
+            about = os.stat(path)
+            digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
         if os.path.isdir(path): add(path)
     return digest.hexdigest()
 
@@ -131,41 +127,32 @@ def write_cache(place: Path, splits: dict, findings: list):
             new = Path(half) / "new"
             new.mkdir()
             for k, table in enumerate(splits.values()): pq.write_table(table, new / f"{k}.parquet")
-            (new / "about.json").write_text(
-                json.dumps(dict(splits=list(splits), findings=findings)), encoding="utf-8"
-            )
+            about = json.dumps(dict(splits=list(splits), findings=findings))
+            (new / "about.json").write_text(about, encoding="utf-8")
             if place.exists() and read_cache(place) is None: shutil.rmtree(place)  # damaged
             if not place.exists(): os.replace(new, place)
     except OSError as e:
         if read_cache(place) is None:
-            warnings.warn(
-                f"the cache {place.parent} cannot be written ({e.strerror}): the files will be read again",
-                stacklevel=2
-            )
+            said = f"the cache {place.parent} cannot be written ({e.strerror})"
+            warnings.warn(f"{said}: the files will be read again", stacklevel=2)
 
 def read_cache(place: Path) -> tuple | None:
     "What `write_cache` wrote; None if it is not there or damaged."
     try:
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        return {name: pq.read_table(place / f"{k}.parquet") for k, name in enumerate(about["splits"])}, [
-            Finding(*f) for f in about["findings"]
-        ]
+        tables = {name: pq.read_table(place / f"{k}.parquet") for k, name in enumerate(about["splits"])}
+        return tables, [Finding(*f) for f in about["findings"]]
     except (OSError, ValueError, KeyError): return None
 
 # %% ../nbs/reference/folders.ipynb #a694e245
-# as FEATURES, but the image is a path and nothing else
-SCHEMA = Features({**FEATURES, "image": Value("string")}).arrow_schema
+SCHEMA = Features({**FEATURES, "image": Value("string")}).arrow_schema  # the image is only a path
 
 def rows_by_split(rows: list) -> dict:
     "A table with plain paths for every split that the rows name."
-    names = [s for s in SPLITS if any(r["split"] == s for r in rows)] + sorted(
-        {r["split"] for r in rows} - set(SPLITS)
-    )
-    chosen = {name: [r for r in rows if r["split"] == name] for name in names}
-    return {
-        name: pa.table({c: [r.get(c) for r in mine] for c in SCHEMA.names}, schema=SCHEMA)
-        for name, mine in chosen.items()
-    }
+    found = {r["split"] for r in rows}
+    names = [s for s in SPLITS if s in found] + sorted(found - set(SPLITS))
+    def table(mine): return pa.table({c: [r.get(c) for r in mine] for c in SCHEMA.names}, schema=SCHEMA)
+    return {name: table([r for r in rows if r["split"] == name]) for name in names}
 
 def with_images(table: pa.Table) -> Dataset:
     "A dataset with the columns of FEATURES; the paths become images that are opened when they are read."
@@ -173,33 +160,27 @@ def with_images(table: pa.Table) -> Dataset:
     return Dataset(table.set_column(0, "image", images), info=DatasetInfo(features=FEATURES))
 
 def load_folder(
-    # a folder in one of the layouts of `reference/files`, or one annotation file
-    path: str | Path,
-    format: str | None = None,           # None: guess
-    # the image folder, if it is not the layout's own; for a single file, its own folder
-    images: str | Path | None = None,
-    cache: str | Path | None = None,     # folder that keeps what was read; None: read anew
-    frame: str | None = None,            # a key of FRAMES, if the boxes are not in pixels
+    path: str | Path,                  # a folder in one of the LAYOUTS, or one annotation file
+    format: str | None = None,         # a key of LAYOUTS; None: guess
+    images: str | Path | None = None,  # None: the layout's own image folder; for a single file, its folder
+    cache: str | Path | None = None,   # folder that keeps what was read; None: read anew
+    frame: str | None = None,          # a key of FRAMES, if the boxes are not in pixels
 ) -> tuple:
     """(splits, findings): a dict of datasets, images not opened, and everything odd about the files. Raises
     ValueError for a path in none of the layouts, or when numbers of objects cannot be trusted."""
     path, images = Path(path).absolute(), images and Path(images).absolute()
     if path.is_file() and images is None: images = path.parent
-    place = (
-        cache
-        and path.exists()
-        and Path(cache)
-        / fingerprint([path, *([images] if images else [])], format, str(path), str(images), frame)[:32]
-    )
+    place = None
+    if cache and path.exists():
+        key = fingerprint([path, *([images] if images else [])], format, str(path), str(images), frame)
+        place = Path(cache) / key[:32]
     splits, findings = place and read_cache(place) or (None, None)
     if splits is None:
         found, rows, findings = read_rows(path, format, images, frame=frame)
         fatal = [f for f in findings if found == "dior_rsvg" and f.kind in ("unreadable", "index")]
         if fatal:
-            raise ValueError(
-                f"{path}: {fatal[0]}"
-                + (f" (and {len(fatal) - 1} more: see rsground data doctor)" if len(fatal) > 1 else "")
-            )
+            more = f" (and {len(fatal) - 1} more: see rsground data doctor)" if len(fatal) > 1 else ""
+            raise ValueError(f"{path}: {fatal[0]}{more}")
         splits, findings = rows_by_split(rows), findings + compare_rows(rows)
         if place: write_cache(place, splits, findings)
     for f in findings:
@@ -213,32 +194,24 @@ def data_parts(
     "(path, image folder or None)."
     words = str(data).split("@")
     at = next((k for k in range(1, len(words)) if os.path.isfile("@".join(words[:k]))), None)
-    return (
-        (str(data), None)
-        if at is None or os.path.exists(data)
-        else ("@".join(words[:at]), "@".join(words[at:]))
-    )
+    if at is None or os.path.exists(data): return str(data), None
+    return "@".join(words[:at]), "@".join(words[at:])
 
 def write_jsonl(
     rows: list,           # dicts with the keys of FEATURES; `image` is a path
     path: str | Path,     # a new file
     dataset: str | Path,  # must not be written into
 ) -> Path:
-    """Writes rows as JSON lines; gives the folder that holds their images, for FILE@FOLDER. Raises ValueError
-    if the file exists or lies inside the dataset, or if rows have no image."""
+    """Writes rows as JSON lines; returns the folder that holds their images, for FILE@FOLDER. Raises
+    ValueError if the file exists or lies inside the dataset, or if rows have no image."""
     check_target(path, dataset)
     if not rows: raise ValueError("there is no row to write")
     if not all(r["image"] for r in rows):
         raise ValueError("rows without images cannot be used again: name the folder of the images")
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(r["image"])) for r in rows]))
     def line(r):
-        return json.dumps(
-            {
-                **{name: r.get(name) for name in FEATURES},
-                "image": Path(os.path.relpath(os.path.abspath(r["image"]), root)).as_posix()
-            },
-            ensure_ascii=False
-        )
+        image = Path(os.path.relpath(os.path.abspath(r["image"]), root)).as_posix()
+        return json.dumps({**{name: r.get(name) for name in FEATURES}, "image": image}, ensure_ascii=False)
     write_whole(path, "".join(line(r) + "\n" for r in rows))
     return root
 
@@ -254,11 +227,8 @@ def check_target(path: str | Path, dataset: str | Path):
 def draw_row(row: dict, side: int) -> PILImage.Image:
     """The image of a row with its true box, its longer side `side` pixels long; a grey square where there is
     no image."""
-    return (
-        draw_boxes(row["image"], true=row["box"], zoom=side / max(row["width"], row["height"]))
-        if row["image"]
-        else PILImage.new("RGB", (side, side), "lightgrey")
-    )
+    if not row["image"]: return PILImage.new("RGB", (side, side), "lightgrey")
+    return draw_boxes(row["image"], true=row["box"], zoom=side / max(row["width"], row["height"]))
 
 def caption(draw, text, left, top, width):
     "Writes `text` in lines of at most `width` pixels; two lines at most."

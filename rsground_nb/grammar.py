@@ -294,7 +294,8 @@ def read_anchors(words, i, said, alone=False):
             del said.marks[count:]
             return found, i
         if not alone and one.depth < 4 and words[n] not in ("and", ","): n = read_tail(words, n, one)
-        found.append(finish(" ".join(words[j:n]), one)); i, j = n, n + 1
+        found.append(finish(" ".join(words[j:n]), one))
+        i, j = n, n + 1
         if words[i] not in ("and", ",") or direction(words, skip(words, j, DETERMINERS))[0]: return found, i
 
 # 'the building with a red roof on the right': the building is on the right
@@ -326,20 +327,12 @@ def read_place(words, i, said):
     from `i`; the next place, `i` if there is none."""
     start = skip(words, i, ADVERBS)
     best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
-    j = skip(
-        words, skip(words, start + (words[start] in SUPERLATIVES or words[start] == "close"), PREPOSITIONS),
-        DETERMINERS
-    )
+    j = start + (words[start] in SUPERLATIVES or words[start] == "close")
+    j = skip(words, skip(words, j, PREPOSITIONS), DETERMINERS)
     where, n = direction(words, j)
     if not where or (best and words[start + 1] == "from"): return i
-    # 'right next to'
-    if (
-        where == "right"
-        and j == start
-        and words[n] != "of"
-        and KIND.get(words[n]) in ("relation", "preposition")
-    ):
-        return i
+    follows = words[n] != "of" and KIND.get(words[n]) in ("relation", "preposition")
+    if where == "right" and j == start and follows: return i  # 'right next to'
     kind, n = kind_of(where), skip(words, n, PARTS)
     if words[n - 1] in PARTS - {"side", "hand"}: kind = ""  # 'at the left end of the runway' is on it
     of = skip(words, n + 1, DETERMINERS) if words[n] == "of" else 0
@@ -347,9 +340,8 @@ def read_place(words, i, said):
     if words[start] == "from" or (best and not of):
         return add_order(words, start, n, where.replace("far ", ""), said)
     if of: return add_relation(words, i, n + 1, "near" if best or words[start] == "near" else kind, said)
-    # 'of' is missing
     if words[n] in DETERMINERS and not direction(words, skip(words, n, DETERMINERS))[0]:
-        return add_relation(words, i, n, kind, said)
+        return add_relation(words, i, n, kind, said)  # 'of' is missing
     said.marks.append([i, "position", " ".join(words[i:n])])
     if said.position: said.unknown += words[i:n]
     else: said.position = where
@@ -360,13 +352,14 @@ def add_order(words, start, n, where, said):
     """'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a
     group may follow. The next place."""
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
-    # 'a road from the top to the bottom'
-    if not begun and words[start] == "from" and words[n] != "of": said.unknown += words[start:n]
+    if not begun and words[start] == "from" and words[n] != "of":
+        said.unknown += words[start:n]  # 'a road from the top to the bottom'
     elif begun:
         said.order[-1] = (said.order[-1][0], where)
         next(m for m in reversed(said.marks) if m[1] == "order")[2] += f" {text}"
     else:
-        said.order.append((1, where)); said.marks.append([start, "order", f"{said.best} {text}".strip()])
+        said.order.append((1, where))
+        said.marks.append([start, "order", f"{said.best} {text}".strip()])
         said.best = ""
     return read_group(words, n, said)
 

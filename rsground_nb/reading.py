@@ -389,9 +389,8 @@ class ImageFolder:
     """The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: images
     are not looked for."""
     def __init__(self, folders: list | None, probe: bool = False, frame: str | None = None):
-        self.folders, self.probe, self.listed, self.sizes = (
-            folders and [Path(f) for f in folders], probe, {}, {}
-        )
+        self.folders, self.probe = folders and [Path(f) for f in folders], probe
+        self.listed, self.sizes = {}, {}
         self.frame = frame  # of the dataset's boxes, for `in_pixels`
 
     def entries(self, place: Path) -> dict:
@@ -406,9 +405,8 @@ class ImageFolder:
         """Name without ending -> name, the first in sorted order, for a folder of images; `plain` says what
         counts as the same. Made once."""
         if (place, plain) not in self.listed:
-            self.listed[place, plain] = {
-                plain(n.rpartition(".")[0]): n for n in sorted(self.entries(place), reverse=True)
-            }
+            names = sorted(self.entries(place), reverse=True)
+            self.listed[place, plain] = {plain(n.rpartition(".")[0]): n for n in names}
         return self.listed[place, plain]
 
     def alike(self, name: PurePosixPath) -> str:
@@ -430,19 +428,13 @@ class ImageFolder:
         if self.folders is None: return None
         folder = next((f for f in self.folders if plain.name in self.entries(f / plain.parent)), None)
         if folder is None:
-            raise Defect(
-                "missing image",
-                f"image {plain.name} not found: "
-                f"{' or '.join(str(f / plain) for f in self.folders)}{self.alike(plain)}"
-            )
+            places = " or ".join(str(f / plain) for f in self.folders)
+            raise Defect("missing image", f"image {plain.name} not found: {places}{self.alike(plain)}")
         path = folder / plain
-        if self.entries(path.parent)[path.name] and not Path(os.path.realpath(path)).is_relative_to(
-            folder.resolve()
-        ):
-            raise Defect(
-                "unsafe",
-                f"link leaves the image folder: {plain.name} (copy the file, or link the whole folder)"
-            )
+        is_link = self.entries(path.parent)[path.name]
+        if is_link and not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
+            hint = "copy the file, or link the whole folder"
+            raise Defect("unsafe", f"link leaves the image folder: {plain.name} ({hint})")
         return path
 
     def size(self, path: Path | None, declared: tuple | None = None) -> tuple:
