@@ -14,7 +14,7 @@ MOST, SIDES = 40, (192, 256, 320)
 
 LICENSE = """# Where these pictures come from
 
-{count} crops of 192 to 320 px of {pictures} aerial pictures, with boxes people drew and sentences made by chapter 03d of rsground_nb.
+{count} crops of 192 to 320 px of {pictures} aerial pictures, with boxes people drew and sentences made by rsground_nb (reference/refer).
 
 The pictures are entries of the data set "aerial_planes" with source "{source}" and license "{license}". They were taken from an export
 (github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; that statement is all that the licence rests on.
