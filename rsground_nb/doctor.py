@@ -42,7 +42,7 @@ def check_image(
 
 # %% ../nbs/reference/doctor.ipynb #5c6e6404
 class Report(NamedTuple):
-    "What `examine` found."
+    "The result of `examine`."
     path: Path
     format: str
     rows: list      # the good ones
@@ -65,7 +65,7 @@ def examine(
     decode: bool = True,               # False: image headers only
     frame: str | None = None,          # a key of FRAMES, if the boxes are not in pixels
 ) -> Report:
-    """Everything that is odd about a dataset. Writes nothing. Raises ValueError if the path is in none of the
+    """Everything odd about a dataset. Writes nothing. Raises ValueError if the path is in none of the
     layouts, OSError if it cannot be opened."""
     path, images = (path, images) if images else data_parts(path)
     path = Path(path)
@@ -116,7 +116,7 @@ def doctor(
     frame: str | None = None,            # a key of FRAMES, if the boxes are not in pixels
     everything: bool = False,            # list all findings, not the first ten of each kind
 ) -> int:
-    "Prints what `examine` finds. Exit code: 0 nothing found, 1 findings, 2 not readable at all."
+    "Prints the result of `examine`. Exit code: 0 no findings, 1 findings, 2 not readable at all."
     try:
         if manifest: check_target(manifest, data_parts(path)[0])
         report = examine(path, format, images, decode, frame)

@@ -43,7 +43,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what becomes part of a file na
 TEXTS = ("expression", "image_id", "expression_id", "category", "source", "split", "mask", "image")
 
 def check_texts(row: dict):
-    "Raises Defect for a text of a row that is not one, or not UTF-8."
+    "Raises Defect for a text field that holds no text, or is not UTF-8."
     texts = [(name, row.get(name)) for name in TEXTS]
     texts += [("objects", o[name]) for o in row.get("objects") or () for name in ("category", "colour")]
     for name, value in texts:
@@ -92,7 +92,7 @@ def guess_frame(
     boxes,            # four numbers each, as they are written
     widths, heights,  # pixels of each box's image; None: not known
 ) -> str | None:
-    "The frame that all boxes seem to be written in, a key of FRAMES; None if pixels explain them."
+    "The frame in which all boxes seem to be written, a key of FRAMES; None if they can be pixels."
     if not len(boxes): return None
     boxes, sides = np.array(boxes, float), np.array([widths, heights], float).T
     start, end = boxes[:, :2], boxes[:, 2:]
@@ -113,7 +113,7 @@ def in_pixels(
     values: list, frame: str | None,       # a box or a polygon; a key of FRAMES, None: pixels
     width: int | None, height: int | None,
 ) -> list:
-    "The same in original pixels. Raises Defect if that needs a size that is not known."
+    "The values in original pixels. Raises Defect if that needs the size of the image and it is not known."
     if frame in GRIDS:
         if width is None:
             raise Defect("size", f"the size of the image is not known: {FRAMES[frame]} cannot become pixels")
@@ -123,7 +123,8 @@ def in_pixels(
     return [x, y, x + w, y + h] if frame == "xywh" else [x, y, w - x, h - y]
 
 def frame_findings(rows: list, findings: list, name: str, format: str) -> list:
-    "A finding if the boxes of a dataset, the refused ones included, do not seem to be what its format says."
+    """A finding if the boxes of a dataset, including refused ones, do not seem to be in the frame of its
+    format."""
     if format not in FRAMED: return []
     boxes = [[*r["box"], r["width"], r["height"]] for r in rows] + [f.box for f in findings if f.box]
     table = np.array(boxes, float).reshape(-1, 6)
@@ -236,7 +237,7 @@ def read_index(
 SPLITS = ("train", "val", "test")
 
 def annotation_files(root: Path) -> list:
-    "The XML files in sorted order, which is the order that counts; without the ._ files that macOS leaves."
+    "The XML files in sorted order, the order that counts; without the ._ files that macOS leaves."
     folder = root / "Annotations"
     names = sorted(os.listdir(folder))
     return [folder / name for name in names if name.endswith(".xml") and not name.startswith(".")]
@@ -449,7 +450,7 @@ PICTURES = ("image", "images", "image_path", "img_path", "file_name")
 MARKS = re.compile(r"<image>|</?ref>|</?p>|<\|object_ref_(?:start|end)\|>")  # in a question
 
 def unknown_shape(r: dict) -> Defect:
-    "Says which shapes are known, and what is missing of the nearest."
+    "The Defect of a row in no known shape: lists the shapes, and what is missing of the nearest."
     known = [*(("image", t) for t in TURNS), *(("image", *pair) for pair in ASKED)]
     have = {"image" if k in PICTURES else k for k in r}
     nearest = max(known, key=lambda names: len(have & {*names}) / len(names))
@@ -550,7 +551,7 @@ def json_questions(path: Path):
                 yield line, place, (r, *pair, frame, f"{line or n}" + f":{k}" * (k > 0))
 
 def read_hops(found) -> int | None:
-    "How many steps it takes to find the object, a whole number from 1; None stays None. Raises Defect."
+    "The number of steps that lead to the object, a whole number from 1; None stays None. Raises Defect."
     if found is not None and (type(found) is not int or found < 1):
         raise Defect("wrong fields", f"hops is not a whole number from 1: {quote(found)}")
     return found
@@ -584,7 +585,7 @@ def read_jsonl(path: Path, images: ImageFolder) -> tuple:
 # %% ../nbs/reference/files.ipynb #3ae2b9c9
 def coco_runs(found, width: int, height: int) -> str | None:
     """A COCO segmentation (run lengths, polygons) as mask text; None if there is none. Raises Defect if it
-    does not fit the image; nothing large is made before that is known."""
+    does not fit the image, before anything large is allocated."""
     if not is_size(width, height): raise Defect("size", f"no usable image size: {width}x{height}")
     runs = found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict) else found
     if not runs: return None
@@ -617,8 +618,7 @@ def polygon_mask(polygons: list, width: int, height: int) -> str:
     return mask_text(coco_mask.merge(coco_mask.frPyObjects(points, height, width)))
 
 def annotated_mask(found, width: int | None, height: int | None) -> tuple:
-    """(mask text or None, odd): what is wrong with a segmentation costs the mask, or one polygon of it, and
-    not the box."""
+    "(mask text or None, odd). A faulty segmentation costs the mask, or one of its polygons, but not the box."
     if not found or width is None: return None, []
     try: return coco_runs(found, width, height), []
     except READ_ERRORS as e: odd = [Defect("bad mask", f"mask left out: {as_finding(e, '').message}")]
@@ -659,8 +659,8 @@ def coco_row(a, pictures, names, images) -> dict:
     )
 
 def usable_rows(rows: list) -> tuple:
-    """(rows, findings) without crowds, and without rows that say no more than what several objects of their
-    image are called (`alike`): one finding for each image and name."""
+    """(rows, findings) without crowds, and without rows whose expression is only a name that several objects
+    of the image have (`alike`): one finding for each image and name."""
     kept, findings, groups = [], [], {}
     for r in rows:
         if r.get("doubtful") == "crowd":
@@ -702,7 +702,7 @@ def read_coco(path: Path, images: ImageFolder) -> tuple:
 
 # %% ../nbs/reference/files.ipynb #4b6402aa
 def read_refer(path: Path, images: ImageFolder) -> tuple:
-    """REFER form (RRSIS-D, RISBench): `refs(*).p`, a list of {ann_id, split, sentences: [{sent_id, sent}]},
+    """REFER format (RRSIS-D, RISBench): `refs(*).p`, a list of {ann_id, split, sentences: [{sent_id, sent}]},
     and instances.json (COCO) beside it. Boxes come from the masks."""
     refs = open_pickle(path)
     if not isinstance(refs, list): raise Defect("unreadable", "not a list of references")
@@ -826,7 +826,7 @@ def read_names(folder: Path) -> dict:
 LABELS = re.compile(r"labels|labelTxt.*|annfiles")
 
 def image_beside(path: Path, images: ImageFolder) -> tuple:
-    "(image or None, its place in images/): what a label file is about. Raises Defect."
+    "(image or None, its place in images/): the image that a label file describes. Raises Defect."
     root = images.folders and images.folders[0]
     inside = list(path.parts)
     if root: inside = list(path.relative_to(root).parts) if path.is_relative_to(root) else [path.name]
@@ -841,7 +841,7 @@ def image_fields(image: Path | None, images: ImageFolder, stem: str) -> dict:
     return dict(image=str(image), image_id=image.relative_to(images.folders[0]).as_posix())
 
 def yolo_shape(shares: list, width, height, masks: bool) -> dict:
-    """Box, polygon and mask of the numbers after the class: centre and sides, four corners, or a polygon.
+    """Box, polygon and mask from the numbers after the class: centre and sides, four corners, or a polygon.
     Raises Defect."""
     if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
         raise Defect("wrong fields", f"{len(shares)} numbers after the class: need 4 (box), 8 (four corners) "
@@ -858,7 +858,7 @@ def yolo_shape(shares: list, width, height, masks: bool) -> dict:
     return dict(box=around(points), mask=mask, odd=odd)
 
 def count_alike(rows: list, findings: list) -> tuple:
-    "The rows of one image with `alike`: how many of them are of the same category."
+    "The rows of one image with `alike`, the number of rows of the same category."
     counts = Counter(r["category"] for r in rows if r)
     return [r and dict(r, alike=counts[r["category"]]) for r in rows], findings
 
@@ -920,7 +920,7 @@ def read_dota(path: Path, images: ImageFolder) -> tuple:
 
 # %% ../nbs/reference/files.ipynb #19f4577c
 class Layout(NamedTuple):
-    "Where a dataset keeps its files, seen from its folder."
+    "Where a dataset keeps its files; paths are relative to its folder."
     read: Callable  # (path, images) -> (rows, findings)
     # split -> patterns of annotation files, a file counts for the first that fits; split "" if the rows
     # or other files say it
@@ -938,7 +938,8 @@ COCO_IMAGES = (
 )
 
 def by_split(*patterns, rest=()) -> dict:
-    "Split -> patterns with {n} filled in as exports call a split, and those for files that name none."
+    """Split -> patterns, with {n} replaced by each name that exports give to the split; `rest` for files that
+    name none."""
     names = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
     return {
         **{s: tuple(p.replace("{n}", n) for n in several for p in patterns) for s, several in names.items()},
@@ -1023,7 +1024,7 @@ def formats_of(root: Path) -> list:
     return names
 
 def may_be(path: Path, name: str) -> bool:
-    "False for a file whose content is clearly of another layout than its name."
+    "False for a file whose content clearly belongs to another layout than its name."
     return name not in ("coco", "jsonl") or path.suffix != ".json" or guess_file(path) in (name, None)
 
 def has_descriptions(root: Path) -> bool:
@@ -1053,7 +1054,7 @@ def guess_json(text: str) -> str | None:
     return "coco" if names("images") else "vrsbench_objects" if names("objects") else None
 
 def guess_file(path: Path) -> str | None:
-    "The layout of a single file, from its ending and what it begins with; \"index\" for a list of integers."
+    "The layout of a single file, from its ending and its beginning; \"index\" for a list of integers."
     if path.suffix not in (".xml", ".p", ".jsonl", ".json", ".txt") or not path.is_file(): return None
     with open(path, "rb") as file:
         text = file.read(1_000_000 if path.suffix == ".json" else 100_000).decode("utf-8-sig", "replace")
@@ -1078,8 +1079,8 @@ def guess_format(
 
 # %% ../nbs/reference/files.ipynb #7035763f
 def chosen_format(path: Path, format: str | None) -> tuple:
-    """(a key of LAYOUTS, the others that fit a folder too). Raises ValueError if no layout fits, or there is
-    none of that name."""
+    """(a key of LAYOUTS, the other layouts that fit a folder). Raises ValueError if no layout fits or the
+    name is unknown."""
     if not os.path.exists(path): raise ValueError(f"{path} is not a folder or file")
     fitting = [] if format else formats_of(path) if path.is_dir() else [guess_file(path)]
     format = format or next(iter(fitting), None)
@@ -1115,8 +1116,8 @@ def read_rows(
     frame: str | None = None,     # a key of FRAMES, if the boxes are not as the layout has them
     detections: bool = False,     # keep crowds, and objects with the name of another in their image
 ) -> tuple:
-    """(format, rows, findings): the usable rows of a dataset, and everything that is odd about its files.
-    Raises ValueError for a path that is in none of the layouts."""
+    """(format, rows, findings): the usable rows of a dataset, and everything odd about its files. Raises
+    ValueError for a path that is in none of the layouts."""
     path = Path(path)
     if frame not in (None, *FRAMES):
         raise ValueError(f"unknown frame {frame!r}: use one of {', '.join(FRAMES)}")
@@ -1150,8 +1151,8 @@ def read_rows(
 
 # %% ../nbs/reference/files.ipynb #e76478c2
 def read_files(files, root, read, images) -> tuple:
-    """(rows, findings) of annotation files that stand for themselves, one after the other; rows that say no
-    split get that of their file, or train."""
+    """(rows, findings) of annotation files that can be read one by one. Rows without a split get that of
+    their file, or train."""
     rows, findings = [], []
     for split, file in tqdm(files, desc="reading annotations", unit=" files", delay=3):
         name = file.relative_to(root).as_posix()
@@ -1164,8 +1165,8 @@ def read_files(files, root, read, images) -> tuple:
     return rows, findings
 
 def look_at_some(rows: list, count: int = 20) -> list:
-    """Findings about some pictures' headers: another size than declared, a turn by EXIF. The doctor looks at
-    all."""
+    """Findings about the headers of some images: another size than declared, a turn by EXIF. The doctor
+    checks all."""
     first, findings = {r["image"]: r for r in reversed(rows) if r["image"]}, []
     for r in list(first.values())[::max(1, len(first) // count)][:count]:
         path, declared = Path(r["image"]), (r["width"], r["height"])
@@ -1178,7 +1179,7 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 def not_read(path: Path) -> str:
-    """Why a path is in none of the layouts, with a hint: an archive, pictures alone, or a dataset one folder
+    """Why a path is in none of the layouts, with a hint: an archive, only pictures, or a dataset one folder
     deeper."""
     if path.suffix.lower() in ARCHIVES: return f"{path} is an archive: unpack it and name the folder"
     if path.suffix.lower() in PICTURE_ENDINGS:

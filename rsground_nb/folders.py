@@ -54,7 +54,7 @@ def to_dataset(
 
 # %% ../nbs/reference/folders.ipynb #309e2bc7
 def place_of(row, seen_from) -> str:
-    "Where a row is, as a message about the row `seen_from` says it."
+    "The place of a row, as written in a finding about the row `seen_from`."
     parts = [row["file"] if row["file"] != seen_from["file"] else "", row["where"] or f"line {row['line']}"]
     splits = f" ({row['split']} and {seen_from['split']})" if row["split"] != seen_from["split"] else ""
     return ", ".join(p for p in parts if p) + splits
@@ -94,7 +94,7 @@ READER_VERSION = 3  # raise when a reader changes what it makes of a file
 
 def fingerprint(paths: list, *more) -> str:
     """SHA-256 over name, size and modification time of every file in `paths` and their sub-folders, and over
-    `more`. Links to folders are followed in the first level only; what cannot be listed counts as nothing."""
+    `more`. Links to folders are followed on the first level only; what cannot be listed is left out."""
     digest = hashlib.sha256(repr((READER_VERSION, more)).encode("utf-8", "surrogateescape"))
     def add(folder, depth=0):
         try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
@@ -113,14 +113,13 @@ def fingerprint(paths: list, *more) -> str:
     return digest.hexdigest()
 
 def cache_folder() -> Path:
-    """RSGROUND_CACHE, or .cache/rsground_nb in the home folder, or a folder for temporary files where there
-    is no home."""
+    "RSGROUND_CACHE, or .cache/rsground_nb in the home folder, or a temporary folder where there is no home."
     try: return Path(os.environ.get("RSGROUND_CACHE") or Path.home() / ".cache" / "rsground_nb")
     except RuntimeError: return Path(tempfile.gettempdir()) / "rsground_nb"
 
 def write_cache(place: Path, splits: dict, findings: list):
-    """Tables and findings into a new folder, which appears only when it is complete. Warns if it cannot be
-    written."""
+    """Writes tables and findings into a new folder, which appears only when it is complete. Warns if it
+    cannot be written."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as half:
@@ -137,7 +136,7 @@ def write_cache(place: Path, splits: dict, findings: list):
             warnings.warn(f"{said}: the files will be read again", stacklevel=2)
 
 def read_cache(place: Path) -> tuple | None:
-    "What `write_cache` wrote; None if it is not there or damaged."
+    "The tables and findings of `write_cache`; None if they are missing or damaged."
     try:
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
         tables = {name: pq.read_table(place / f"{k}.parquet") for k, name in enumerate(about["splits"])}
@@ -166,8 +165,8 @@ def load_folder(
     cache: str | Path | None = None,   # folder that keeps what was read; None: read anew
     frame: str | None = None,          # a key of FRAMES, if the boxes are not in pixels
 ) -> tuple:
-    """(splits, findings): a dict of datasets, images not opened, and everything odd about the files. Raises
-    ValueError for a path in none of the layouts, or when numbers of objects cannot be trusted."""
+    """(splits, findings): a dict of datasets whose images are not opened yet, and everything odd about the
+    files. Raises ValueError for a path in none of the layouts, or when object numbers cannot be trusted."""
     path, images = Path(path).absolute(), images and Path(images).absolute()
     if path.is_file() and images is None: images = path.parent
     place = None
@@ -216,7 +215,7 @@ def write_jsonl(
     return root
 
 def check_target(path: str | Path, dataset: str | Path):
-    "Raises ValueError if a new file cannot be written to `path`, or not without writing into the dataset."
+    "Raises ValueError if `path` cannot be written as a new file outside of the dataset."
     path, dataset = Path(path), Path(dataset)
     if path.exists(): raise ValueError(f"{path} exists already: choose a new file")
     if not path.absolute().parent.is_dir(): raise ValueError(f"{path.parent} is not a folder")
@@ -225,13 +224,13 @@ def check_target(path: str | Path, dataset: str | Path):
 
 # %% ../nbs/reference/folders.ipynb #365398d8
 def draw_row(row: dict, side: int) -> PILImage.Image:
-    """The image of a row with its true box, its longer side `side` pixels long; a grey square where there is
-    no image."""
+    """The image of a row with its true box, its longer side `side` pixels long; a grey square if there is no
+    image."""
     if not row["image"]: return PILImage.new("RGB", (side, side), "lightgrey")
     return draw_boxes(row["image"], true=row["box"], zoom=side / max(row["width"], row["height"]))
 
 def caption(draw, text, left, top, width):
-    "Writes `text` in lines of at most `width` pixels; two lines at most."
+    "Writes `text` in at most two lines of at most `width` pixels."
     line, lines = "", []
     for word in text.split():
         if line and draw.textlength(f"{line} {word}") > width: lines, line = [*lines, line], word
@@ -245,7 +244,7 @@ def contact_sheet(
     columns: int = 4,
     side: int = 180,  # pixels of a picture's longer side
 ) -> PILImage.Image:
-    "All rows as small pictures with their true box and their expression; pass `rows.select(...)`."
+    "All rows as small pictures with true box and expression; pass `rows.select(...)`."
     sheet = PILImage.new("RGB", (columns * (side + 10), -(-len(rows) // columns) * (side + 40)), "white")
     for k, row in enumerate(rows):
         left, top = k % columns * (side + 10) + 5, k // columns * (side + 40) + 5

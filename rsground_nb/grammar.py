@@ -154,7 +154,7 @@ CELLS = {
 }
 
 def skip(words, i, some, most=4):
-    "The place after up to `most` of some words."
+    "The place after at most `most` of the given words."
     while most and words[i] in some: i, most = i + 1, most - 1
     return i
 
@@ -188,7 +188,7 @@ def direction(words, i):
 # %% ../nbs/reference/grammar.ipynb #79674430
 @dataclass(frozen=True)
 class Phrase:
-    "What an expression says; `unknown` is () if all of it was understood."
+    "The content of an expression; `unknown` is () if all of it was understood."
     text: str
     target: str = ""        # head noun, singular, lower case: "basketball court"; "" if there is none
     number: int = 1         # "three adjacent tennis courts": 3
@@ -203,7 +203,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Relation:
-    "Where the target stands to each of the anchors (for `between`: to all of them)."
+    "How the target lies relative to the anchors (for `between`: to all of them together)."
     words: str      # "on the upper left of"
     # left, right, above, below, upper left, upper right, lower left, lower right, near, between; "" if
     # the words give no direction
@@ -214,8 +214,8 @@ class Relation:
     def anchor(self): return self.anchors[0]
 
 def blank(marks, depth=0):
-    """A phrase in the making; `best` is a 'nearest' that waits for its 'to', `marks` are shared with the
-    anchors."""
+    """An empty phrase to be filled. `best` is a 'nearest' that waits for its 'to'; `marks` are shared with
+    the anchors."""
     return SimpleNamespace(
         target="", number=1, attributes=[], position="", order=[], size="", relations=[], unknown=[], best="",
         marks=marks, depth=depth
@@ -232,8 +232,8 @@ def finish(text, said):
 CUE_KINDS = {"colour": "colour", "size": "size", "ordinal": "order", "end": "order", "side": "position"}
 
 def read_modifier(words, i, said):
-    """Read one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'); the next place, `i` if
-    there is none."""
+    """Reads one modifier ('white', 'second', 'leftmost', 'upper left', 'three', 'the'). Returns the next
+    place, or `i`."""
     word, kind, n = words[i], KIND.get(words[i]), i + 1
     if kind == "ordinal" and KIND.get(words[n]) == "size" and words[n].endswith("est"):
         word, kind, n = f"{word} {words[n]}", "size", n + 1
@@ -261,7 +261,7 @@ def read_modifier(words, i, said):
     return n
 
 def read_noun(words, i, said):
-    "Read modifiers and a noun into `said`; the next place."
+    "Reads modifiers and a noun into `said`. Returns the next place."
     run, known, picked = [], False, False
     while words[i]:
         kind = KIND.get(words[i])
@@ -284,8 +284,8 @@ def read_noun(words, i, said):
 
 # %% ../nbs/reference/grammar.ipynb #02223081
 def read_anchors(words, i, said, alone=False):
-    """([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'; `alone`:
-    what follows is not theirs."""
+    """([Phrase, ...], next) of 'a pond', 'a pond and the main road', 'the tank in the top left'. `alone`:
+    what follows does not belong to them."""
     found, j = [], i
     while True:
         count, one = len(said.marks), blank(said.marks, said.depth + 1)
@@ -302,8 +302,8 @@ def read_anchors(words, i, said, alone=False):
 WITH = ("with", "has", "have", "having")
 
 def add_relation(words, start, i, kind, said):
-    """Add the relation named by words[start:i] to the anchors from `i` on; without anchors its words are
-    unknown. The next place."""
+    """Adds the relation named by words[start:i] to the anchors from `i` on; without anchors its words are
+    unknown. Returns the next place."""
     text = " ".join(words[start:i])
     if said.best and words[start] == "to": text, said.best = f"{said.best} to", ""
     if text not in ("of", "by", *WITH): said.marks.append([start, "relation", text])
@@ -323,8 +323,8 @@ def kind_of(where):
     )
 
 def read_place(words, i, said):
-    """Read 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge'
-    from `i`; the next place, `i` if there is none."""
+    """Reads 'in the top left of the image', 'left of the bus', 'from the left' or 'closest to the left edge'.
+    Returns the next place, or `i`."""
     start = skip(words, i, ADVERBS)
     best = words[start] in SUPERLATIVES or (said.best and words[start] == "to")
     j = start + (words[start] in SUPERLATIVES or words[start] == "close")
@@ -349,8 +349,8 @@ def read_place(words, i, said):
 
 # %% ../nbs/reference/grammar.ipynb #08260ad5
 def add_order(words, start, n, where, said):
-    """'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; then a
-    group may follow. The next place."""
+    """'from the left' completes an ordinal, 'nearest to the top left corner' is an order by itself; a group
+    may follow. Returns the next place."""
     text, begun = " ".join(words[start:n]), said.order and not said.order[-1][1]
     if not begun and words[start] == "from" and words[n] != "of":
         said.unknown += words[start:n]  # 'a road from the top to the bottom'
@@ -364,8 +364,8 @@ def add_order(words, start, n, where, said):
     return read_group(words, n, said)
 
 def read_group(words, i, said):
-    """Read 'of some tennis courts' or 'of the five', from which an order picks; the next place, `i` if there
-    is none."""
+    """Reads 'of some tennis courts' or 'of the five', from which an order picks. Returns the next place, or
+    `i`."""
     if words[i] != "of": return i
     count, one = len(said.marks), blank(said.marks)
     n = read_noun(words, i + 1, one)
@@ -381,8 +381,8 @@ def read_group(words, i, said):
 
 # %% ../nbs/reference/grammar.ipynb #67726d23
 def read_relation(words, i, said):
-    """Read 'above the bus', 'immediately next to a pond and a road', 'in front of it' from `i`; the next
-    place, `i` if there is none."""
+    """Reads 'above the bus', 'immediately next to a pond and a road', 'in front of it'. Returns the next
+    place, or `i`."""
     j = i if words[i] in FIRST_WORDS else skip(words, i, {*ADVERBS, "right"})
     if said.best and words[i] == "to": n, kind = i + 1, "near"  # 'the nearest car to the bus'
     else:
@@ -397,16 +397,16 @@ def read_relation(words, i, said):
     return image + 1 if words[image] in IMAGES else add_relation(words, i, n, kind, said)
 
 def read_again(words, i, said):
-    """Read 'and the baseball field' where that is the target once more and 'is' follows; the next place, `i`
-    if it is something else."""
+    """Reads 'and the baseball field' if that is the target once more and 'is' follows. Returns the next
+    place, or `i`."""
     if words[i] != "and": return i
     one = blank([])
     n = read_noun(words, i + 1, one)
     return n if n > i + 1 and one.target == said.target and words[n] in ("is", "are") else i
 
 def read_late(words, i, said):
-    """Read an attribute that comes late ('at the bottom-most position', ', second from the left'); the next
-    place, `i` if there is none."""
+    """Reads an attribute that comes late ('at the bottom-most position', ', second from the left'). Returns
+    the next place, or `i`."""
     j = skip(words, skip(words, i, PREPOSITIONS), DETERMINERS)
     kind = KIND.get(words[j])
     fits = (
@@ -417,8 +417,8 @@ def read_late(words, i, said):
     return read_modifier(words, j, said) if fits else i
 
 def read_negation(words, i, said):
-    """Read 'not the red one' and 'without cargo': what is denied stays unknown, to the next comma or 'but'.
-    The next place, `i` if there is none."""
+    """Reads 'not the red one' and 'without cargo': what is denied is unknown, up to the next comma or 'but'.
+    Returns the next place, or `i`."""
     # 'no the left' is a mistyped 'on'
     if KIND.get(words[i]) != "negation" or (words[i] == "no" and words[i + 1] in DETERMINERS): return i
     n = next(k for k in range(i, len(words)) if words[k] in ("", ",", "but"))
@@ -429,8 +429,8 @@ FIRST_WORDS = {words.split()[0] for words in RELATIONS}
 
 # %% ../nbs/reference/grammar.ipynb #a1c4fa0b
 def read_tail(words, i, said):
-    """Read all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'.
-    The next place."""
+    """Reads all that follows a noun into `said`: to the end of the text or, for an anchor, to the next 'and'.
+    Returns the next place."""
     while words[i] and not (said.depth and words[i] in ENDINGS):
         # 'that is nearest to'
         if words[i] in ("that", "which") and words[i + 1] == "is" and words[i + 2] in SUPERLATIVES: i += 2
@@ -456,8 +456,8 @@ def read_text(text):
 def parse_expression(
     text: str,
 ) -> Phrase:
-    """What a referring expression says, and in `unknown` what was not understood of it. Never raises for a
-    str."""
+    """The content of a referring expression; `unknown` has the words that were not understood. Never raises
+    for a str."""
     return read_text(text)[0]
 
 # %% ../nbs/reference/grammar.ipynb #ccec8a38
@@ -472,8 +472,8 @@ def cues(
 def hops(
     phrase: Phrase,
 ) -> int:
-    """Steps that lead to the target, at least 1: one for its position, its order or size, each relation, and
-    those of the anchors."""
+    """The number of steps that lead to the target, at least 1: one for its position, one for its order or
+    size, one for each relation, and those of the anchors."""
     own = bool(phrase.position) + bool(phrase.order or phrase.size) + len(phrase.relations)
     return max(1, own) + sum(hops(anchor) for relation in phrase.relations for anchor in relation.anchors)
 
@@ -519,8 +519,8 @@ def in_region(
     box, width, height,  # original pixels
     slack: float = 0.0,  # by which the region is wider on all sides, share of the side
 ) -> bool:
-    """True if the centre of the box lies where the position says; a centre beyond the border counts as on it.
-    Raises ValueError for an unknown position."""
+    """True if the centre of the box lies in the region of the position; a centre beyond the border counts as
+    on it. Raises ValueError for an unknown position."""
     x1, y1, x2, y2 = (REGIONS | HALVES).get(CELLS.get(position, position)) or unknown_position(position)
     x, y = (min(1, max(0, (box[k] + box[k + 2]) / 2 / length)) for k, length in enumerate((width, height)))
     return x1 - slack <= x <= x2 + slack and y1 - slack <= y <= y2 + slack

@@ -33,18 +33,18 @@ from defusedxml.ElementTree import fromstring
 
 # %% ../nbs/reference/reading.ipynb #505cf5a8
 class Defect(ValueError):
-    """What is wrong with a file or a row; `kind` is the word under which it is counted, `box` the box that is
-    refused."""
+    """Something wrong with a file or a row. `kind` is the word under which it is counted, `box` the refused
+    box."""
     def __init__(self, kind, message, box=None):
         super().__init__(message)
         self.kind, self.box = kind, box
 
 def printable(text: str) -> str:
-    "The text with everything escaped that could talk to a terminal."
+    "The text with all characters escaped that could control a terminal."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 class Finding(NamedTuple):
-    "A defect and its place. `kept`: the row is used all the same."
+    "A defect with its place. `kept`: the row is used anyway."
     kind: str
     message: str
     file: str
@@ -117,7 +117,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 # %% ../nbs/reference/reading.ipynb #16bd13cc
 def read_bytes(path: Path) -> bytes:
-    "What a plain file holds. Raises Defect for a folder, a pipe, or a link that leads out of its folder."
+    "The content of a plain file. Raises Defect for a folder, a pipe, or a link that leads out of its folder."
     if not path.is_file():
         raise Defect("unreadable", "not found" if not path.exists() else "not a plain file")
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
@@ -149,7 +149,7 @@ def text_lines(path: Path) -> list:
     ]
 
 def parse_json(text: str):
-    "What a JSON text holds. Raises Defect."
+    "The value of a JSON text. Raises Defect."
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -163,8 +163,8 @@ def parse_json(text: str):
         raise Defect("unreadable", "a number has too many digits") from None
 
 def plain_yaml(text: str):
-    """What a YAML text holds. Raises Defect for aliases, which make much of little, and for deep nesting;
-    YAMLError."""
+    """The value of a YAML text. Raises Defect for aliases, which expand a short text to a huge value, and for
+    deep nesting; YAMLError."""
     depth = 51 if re.search(r"(?:[\[{]\s*){50}", text) else 0  # slow to parse
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -226,7 +226,7 @@ def lines_of(data: bytes, tag: str) -> list:
 
 # %% ../nbs/reference/reading.ipynb #6a6656dc
 class Once(dict):
-    "What a pickle has stored by number. Raises Defect for a tuple that is used again."
+    "The memo of a pickle. Raises Defect for a tuple that is used again."
     def __getitem__(self, k):
         found = super().__getitem__(k)
         if isinstance(found, tuple): raise Defect("unsafe", "the pickle uses a tuple twice")
@@ -245,7 +245,7 @@ class PlainUnpickler(pickle._Unpickler):  # in Python: memory grows with the fil
         raise Defect("unsafe", f"pickle asks for {module}.{name}; only plain containers are allowed")
 
 def open_pickle(path: Path):
-    "What a pickle of plain containers holds. Raises Defect; runs nothing."
+    "The value of a pickle of plain containers. Runs no code. Raises Defect."
     try:
         return PlainUnpickler(io.BytesIO(read_bytes(path)), encoding="utf-8").load()
     except Defect:
@@ -268,7 +268,7 @@ def open_image(path: Path) -> PIL.Image.Image:
     return open_pixels(path, path.name)
 
 def image_bytes(path: Path) -> bytes:
-    "What an image file holds. Raises Defect unless it is a plain file: a pipe would never end."
+    "The content of an image file. Raises Defect unless it is a plain file: a pipe would never end."
     if not path.is_file(): raise Defect("bad image", f"{path.name} is not a plain file")
     return path.read_bytes()
 
@@ -311,14 +311,14 @@ def turned(path: Path) -> list:
     return [Defect("turned image", f"{path.name} has the EXIF orientation {turn}: {frame}")]
 
 def size_mismatch(path: Path, declared: tuple) -> Defect:
-    "What to say of an image of another size than declared."
+    "The Defect of an image whose size is not the declared one."
     size, turn = image_size(path), turned(path)
     why = ", turned by EXIF: write the size and the boxes of the turned picture"
     if not turn or size[::-1] != declared: why = ""
     return Defect("size mismatch", "declared {}x{}, image is {}x{}".format(*declared, *size) + why)
 
 def same_letters(text: str) -> str:
-    "The text without capitals, and with every accent written the same way."
+    "The text in lower case, with every accent written the same way."
     return unicodedata.normalize("NFC", text).lower()
 
 # %% ../nbs/reference/reading.ipynb #a43c210f
@@ -344,7 +344,7 @@ def grey_levels(
     return grey
 
 def nodata_of(image: PIL.Image.Image) -> float | None:
-    "What GDAL says stands for no number in a TIFF."
+    "The value of a TIFF that marks missing pixels (GDAL's nodata tag); None if there is none."
     text = str(getattr(image, "tag_v2", {}).get(42113, ""))
     found = re.fullmatch(r"\s*(-?\d+\.?\d*(?:e[-+]?\d+)?)[\s\0]*", text)
     return float(found[1]) if found else None
@@ -386,8 +386,8 @@ def image_mask(path: Path, size) -> np.ndarray:
 
 # %% ../nbs/reference/reading.ipynb #729390c4
 class ImageFolder:
-    """The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: images
-    are not looked for."""
+    """The images of a dataset in one or more folders. Nothing outside them is opened. Folders None: no image
+    is looked for."""
     def __init__(self, folders: list | None, probe: bool = False, frame: str | None = None):
         self.folders, self.probe = folders and [Path(f) for f in folders], probe
         self.listed, self.sizes = {}, {}
@@ -402,15 +402,15 @@ class ImageFolder:
         return self.listed[place]
 
     def stems(self, place: Path, plain: Callable = str) -> dict:
-        """Name without ending -> name, the first in sorted order, for a folder of images; `plain` says what
-        counts as the same. Made once."""
+        """Name without ending -> name (the first in sorted order) for a folder of images, made once. `plain`
+        says what counts as the same name."""
         if (place, plain) not in self.listed:
             names = sorted(self.entries(place), reverse=True)
             self.listed[place, plain] = {plain(n.rpartition(".")[0]): n for n in names}
         return self.listed[place, plain]
 
     def alike(self, name: PurePosixPath) -> str:
-        "A hint: an entry whose name differs in its ending, in capitals or in how accents are written only."
+        "A hint: an entry whose name differs only in its ending, in capitals or in how accents are written."
         for f in self.folders:
             stems = self.stems(f / name.parent, same_letters)
             if found := stems.get(same_letters(name.stem)) or stems.get(same_letters(name.name)):
@@ -418,7 +418,7 @@ class ImageFolder:
         return ""
 
     def find(self, name: str) -> Path | None:
-        "Where the image is. Raises Defect for a name that leads elsewhere or to nothing."
+        "The path of an image. Raises Defect for a name that leads out of the folders or to nothing."
         plain = PurePosixPath(str(name).replace("\\", "/"))
         if not plain.name or plain.is_absolute() or ":" in plain.parts[0]:
             raise Defect("unsafe", f"file name must be a plain name, not {quote(name)}")
@@ -438,8 +438,8 @@ class ImageFolder:
         return path
 
     def size(self, path: Path | None, declared: tuple | None = None) -> tuple:
-        """(width, height): as declared unless `probe`; else from the header, read once. (None, None) if
-        nobody knows. Raises Defect if the two differ."""
+        """(width, height): as declared unless `probe`, else from the header, read once; (None, None) if not
+        known. Raises Defect if the two differ."""
         if declared and (path is None or not self.probe): return declared
         if path is None: return None, None
         if path not in self.sizes: self.sizes[path] = image_size(path)

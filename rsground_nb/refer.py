@@ -50,12 +50,12 @@ def read_detections(
     return rows, findings
 
 def plain_name(category: str) -> str:
-    "A category as a sentence says it: 'Large_Vehicles' is a 'large vehicle'."
+    "A category as a sentence writes it: 'Large_Vehicles' is 'large vehicle'."
     *words, last = category.lower().replace("-", " ").replace("_", " ").split() or [""]
     return " ".join([*words, PLURALS.get(last, last)])
 
 def why_doubtful(row, window, smallest: float) -> str:
-    "Why a reader may not count what a window shows of an object; '' if there is no reason."
+    "Why a reader may or may not count an object seen through a window; '' if there is no doubt."
     if row.get("doubtful"): return row["doubtful"]
     x1, y1, x2, y2 = box = tuple(row["box"])
     if min(x1, y1, row["width"] - x2, row["height"] - y2) < BORDER: return "touches the border"
@@ -65,13 +65,13 @@ def why_doubtful(row, window, smallest: float) -> str:
 def clipped(box, window): return tuple(f(a, b) for f, a, b in zip((max, max, min, min), box, window))
 
 def inside(rows: list, window) -> list:
-    "The rows of which a window shows a part."
+    "The rows that are at least partly visible in a window."
     seen = [clipped(row["box"], window) for row in rows]
     return [row for row, (x1, y1, x2, y2) in zip(rows, seen) if x1 < x2 and y1 < y2]
 
 # %% ../nbs/reference/refer.ipynb #52e274c5
 def as_seen(row, window, why: str) -> Seen:
-    "What is seen of an object through a window, in pixels of the window."
+    "The visible part of an object, in pixels of the window."
     x1, y1, x2, y2 = clipped(row["box"], window)
     box = tuple(v - window[k % 2] for k, v in enumerate((x1, y1, x2, y2)))
     whole = (row["box"][2] - row["box"][0]) * (row["box"][3] - row["box"][1])
@@ -80,7 +80,7 @@ def as_seen(row, window, why: str) -> Seen:
     return Seen(row["category"], box, None, visible, not why)
 
 def spread_out(thing: Seen, why: str, size) -> list:
-    "The doubtful rivals that stand for an object whose place or number is not known."
+    "The doubtful rivals for an object whose place or number is not known."
     if why not in ("crowd", "truncated", "touches the border", "cut by the window"): return []
     x1, y1, x2, y2 = thing.box
     w, h = (0.5, 0.5) if why == "crowd" else ((x2 - x1) / 2, (y2 - y1) / 2)
@@ -90,7 +90,7 @@ def spread_out(thing: Seen, why: str, size) -> list:
     return [replace(thing, box=(x - w, y - h, x + w, y + h), sure=False) for x, y in places]
 
 def look(rows: list, window, smallest: float = SMALLEST) -> tuple:
-    "(picture for the checker, picture for the rules, reasons for doubt): what a window shows of the objects."
+    "(picture for the checker, picture for the rules, reasons for doubt) of the objects in a window."
     rows, size = inside(rows, window), (window[2] - window[0], window[3] - window[1])
     reasons = [why_doubtful(row, window, smallest) for row in rows]
     things = [as_seen(row, window, why) for row, why in zip(rows, reasons)]
@@ -105,7 +105,7 @@ def windows_of(width: int, height: int, sizes) -> list:
     return [(x, y, x + s, y + s) for s in fitting for y in starts(height, s) for x in starts(width, s)]
 
 def by_picture(rows: list) -> tuple:
-    "(pictures, refused): the rows of each picture, each box once, categories as a sentence says them."
+    "(pictures, refused): the rows of each picture, each box once, categories as sentences write them."
     pictures, refused = defaultdict(dict), Counter()
     for row in rows:
         if not row["category"]: refused["object without a category"] += 1; continue
@@ -174,7 +174,7 @@ def as_row(row, rows: list, text: str, rule: str, window, name: str) -> dict:
 
 # %% ../nbs/reference/refer.ipynb #b947301d
 def image_name(row) -> str:
-    "Where a row's picture goes, below the new folder; the annotated name is kept."
+    "The path of a row's picture below the new folder; the annotated name is kept."
     name = PurePosixPath("images", row["split"], row["image_id"])
     if row["window"] is None: return name.as_posix()
     x, y, right, bottom = row["window"]
@@ -182,7 +182,8 @@ def image_name(row) -> str:
     return f"{name}.{x}_{y}_{right - x}x{bottom - y}.{ending}"
 
 def put_images(rows: list, folder: Path) -> list:
-    "Link or copy whole pictures, cut windows (these are opened, once); the rows whose picture can be read."
+    """Links or copies whole pictures and cuts windows (each picture is opened once). Returns the rows whose
+    picture can be read."""
     sources, broken = defaultdict(dict), set()
     for row in rows: sources[row["image"]][image_name(row)] = row["window"]
     for source, wanted in tqdm(sources.items(), desc="writing pictures", unit=" pictures", delay=3):
@@ -192,7 +193,7 @@ def put_images(rows: list, folder: Path) -> list:
     return [row for row in rows if row["image"] not in broken]
 
 def put_image(source: str, whole, window, target: Path):
-    "Write a window of a picture, or the picture itself where `window` is None."
+    "Writes a window of a picture, or the picture itself if `window` is None."
     target.parent.mkdir(parents=True, exist_ok=True)
     if window: whole.crop(window).save(target, **({"quality": 95} if target.suffix == ".jpg" else {}))
     else:
@@ -205,13 +206,13 @@ def as_line(row, name: str) -> str:
     return json.dumps({**known, "image": name, "origin": row["origin"]}, ensure_ascii=False) + "\n"
 
 def count_table(rows: list) -> pd.DataFrame:
-    "How many sentences of each rule and number of hops, for each split."
+    "The number of sentences of each rule and number of hops, for each split."
     kinds = [dict(rule=r["source"].partition(":")[2], hops=r["hops"], split=r["split"]) for r in rows]
     table = pd.DataFrame(kinds).value_counts().unstack("split", fill_value=0)
     return table.sort_index(level=["hops", "rule"])
 
 def write_audit(rows: list, path: Path, refused: dict, count: int, seed: int):
-    "A page with `count` sentences drawn by lot, their boxes hidden until the picture is clicked."
+    "Writes a page with `count` random sentences; their boxes are hidden until the picture is clicked."
     import jinja2
 
     loader = jinja2.PackageLoader("rsground_nb", "assets")
@@ -268,5 +269,5 @@ def write_rows(rows: list, folder: Path, options: dict, refused: Counter, sample
 
 # %% ../nbs/reference/refer.ipynb #1c9fe5ac
 def load_real_samples() -> Dataset:
-    "40 real aerial crops with boxes and sentences, of the public domain (LICENSE.md). Never for training."
+    "40 real aerial crops in the public domain with boxes and sentences (LICENSE.md). Never for training."
     return load_folder(str(files("rsground_nb") / "assets" / "real"))[0]["test"]
