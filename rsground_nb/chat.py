@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from .boxes import GRID, Codec, between, iou, smart_resize
 from .cot import THOUGHT_SCHEMA, Draft, Thought, answer_of, from_json, render
-from .data import Picture
-from .files import READ_ERRORS, image_bytes
+from .folders import Picture
+from .reading import READ_ERRORS, image_bytes
 from .model import ASSETS, plain_text
 
 # %% ../nbs/reference/chat.ipynb #5b4f5b80

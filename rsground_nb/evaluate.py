@@ -29,10 +29,11 @@ from pycocotools import mask as coco_mask
 from .boxes import (GRID, Codec, area, completion_box, draw_boxes, iou, parse_completion,
                                smart_resize)
 from .data import held_out, load_data, split_hash, to_dataset
-from .files import (FRAMES, GRIDS, READ_ERRORS, ImageFolder, as_finding, guess_frame, image_size, json_items,
-                               parse_json, read_image, text_field, text_of)
+from .files import FRAMES, GRIDS, guess_frame, json_items
 from .grammar import cues
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
+from .reading import (READ_ERRORS, ImageFolder, as_finding, image_size, parse_json, read_image, text_field,
+                                 text_of)
 from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
 from .scenes import cell_name
 from .sft import sft_stage

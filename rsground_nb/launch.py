@@ -28,7 +28,7 @@ from yaml import YAMLError
 
 from .boxes import Codec
 from .data import data_parts, load_data
-from .files import plain_yaml, printable
+from .reading import plain_yaml, printable
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
 from .model import codec_of, load_vlm, lora_config, memory_plan, merged
 from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards

@@ -31,7 +31,8 @@ from .scale import get_scale, locked, write_whole
 # %% ../nbs/reference/run.ipynb #8d58fddc
 ORDER = [  # every notebook, from the first to the last: a module imports those before it only
     "reference/scale", "reference/exercises", "reference/parsing", "01_boxes", "deeper/shapes",
-    "reference/sentences", "reference/drawing", "02_scenes", "reference/files", "03_data",
+    "reference/sentences", "reference/drawing", "02_scenes", "reference/reading", "reference/files",
+    "reference/folders", "03_data",
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
     "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
     "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
@@ -318,7 +319,7 @@ def parser():
 # %% ../nbs/reference/run.ipynb #4fa51fa0
 def show(text, stream=None):
     "Print; what could talk to a terminal is escaped, line by line."
-    from rsground_nb.files import printable
+    from rsground_nb.reading import printable
     print("\n".join(map(printable, str(text).split("\n"))), file=stream or sys.stdout, flush=True)
 
 def complain(problem):

@@ -25,7 +25,7 @@ from .boxes import Codec, completion_box, draw_boxes, iou
 from .chat import PROMPT_VERSION, Server, chat_drafts
 from .cot import RULE_VERSION, rule_drafts, to_json
 from .data import load_data, split_hash
-from .files import READ_ERRORS
+from .reading import READ_ERRORS
 from .filters import CODES, find_faults, verdict
 from .model import plain_text, student_codec, to_prompt
 from .scale import finish_stage, get_scale, settings_of, stage_ready, write_whole

@@ -23,7 +23,8 @@ from rsground_nb import run
 from rsground_nb.boxes import Codec
 from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, split_hash, to_dataset
-from rsground_nb.files import Defect, open_pickle, plain_yaml, printable, read_image, read_rows
+from rsground_nb.files import read_rows
+from rsground_nb.reading import Defect, open_pickle, plain_yaml, printable, read_image
 from rsground_nb.model import load_processor, to_prompt
 from rsground_nb.run import COURSE, main, new_run, save_run
 from rsground_nb.scale import finish_stage, locked, stage_ready
@@ -36,6 +37,7 @@ def within(megabytes, code, *words):
 import resource, sys
 from pathlib import Path
 from rsground_nb.files import *
+from rsground_nb.reading import *
 now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + {megabytes} * 2 ** 20,) * 2)
 """

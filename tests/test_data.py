@@ -9,8 +9,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from conftest import ROOT
-from rsground_nb.data import FEATURES, compare_rows, data_parts, describe, fingerprint, find_rows, load_data, load_folder, resplit, split_hash, to_dataset, write_jsonl
+from rsground_nb.data import describe, load_data, resplit, split_hash
 from rsground_nb.files import read_rows
+from rsground_nb.folders import (
+    FEATURES, compare_rows, data_parts, fingerprint, find_rows, load_folder, to_dataset, write_jsonl)
 from rsground_nb.scale import get_scale
 from rsground_nb.scenes import scene_records
 

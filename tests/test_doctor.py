@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import SHARED
-from rsground_nb.data import FEATURES, write_jsonl
+from rsground_nb.folders import FEATURES, write_jsonl
 from rsground_nb.doctor import doctor, examine
 from rsground_nb.files import read_rows
 from rsground_nb.run import main
@@ -76,7 +76,7 @@ def test_every_bad_input_is_found_and_good_rows_are_kept(shared, tmp_path, name,
 
 def test_a_billion_laughs_costs_no_memory(shared):
     def limit(): resource.setrlimit(resource.RLIMIT_AS, (3 * 2 ** 30, 3 * 2 ** 30))
-    program = f"from rsground_nb.files import open_xml; from pathlib import Path\ntry: open_xml(Path({str(shared / 'bad_inputs' / 'dior_xml' / 'billion_laughs.xml')!r}))\nexcept ValueError as e: print(e)"
+    program = f"from rsground_nb.reading import open_xml; from pathlib import Path\ntry: open_xml(Path({str(shared / 'bad_inputs' / 'dior_xml' / 'billion_laughs.xml')!r}))\nexcept ValueError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.stdout.strip() == "entity declarations are not allowed", done.stderr
 

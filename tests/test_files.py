@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from rsground_nb.shapes import decode_mask, encode_mask, mask_box
-from rsground_nb.data import load_folder
-from rsground_nb.files import LAYOUTS, Defect, ImageFolder, coco_runs, files_of, guess_format, number, open_pickle, read_index, read_rows, read_xml, run_lengths
+from rsground_nb.files import LAYOUTS, coco_runs, files_of, guess_format, read_index, read_rows, read_xml
+from rsground_nb.folders import load_folder
+from rsground_nb.reading import Defect, ImageFolder, number, open_pickle
+from rsground_nb.shapes import decode_mask, encode_mask, mask_box, run_lengths
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>\n"
 

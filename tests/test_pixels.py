@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from rsground_nb.data import load_folder, to_dataset
+from rsground_nb.folders import load_folder, to_dataset
+from rsground_nb.reading import Defect, grey_levels, image_mask, image_size, read_image
 from rsground_nb.doctor import examine
-from rsground_nb.files import Defect, grey_levels, image_mask, image_size, read_image, read_rows
+from rsground_nb.files import read_rows
 
 SLANT = np.linspace(0, 1, 6000).reshape(60, 100)
 
