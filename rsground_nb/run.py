@@ -32,7 +32,7 @@ from .scale import get_scale, locked, write_whole
 ORDER = [  # every notebook, from the first to the last: a module imports those before it only
     "reference/scale", "reference/exercises", "01_boxes", "reference/sentences", "02_scenes", "reference/files", "03_data",
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
-    "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
+    "reference/filters", "reference/chat", "reference/synthesis", "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals",
     "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
     "10_evaluate", "reference/scoring", "reference/run"]
 COURSE = [name for name in ORDER if "/" not in name]
