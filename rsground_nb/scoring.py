@@ -380,6 +380,7 @@ def check_predictions(
     nothing = dict(predicted=None, missing=True)
     return {key: found.get(key, dict(expression_id=key, **nothing)) for key in known}, problems
 
+# %% ../nbs/reference/scoring.ipynb #5c0a1b08
 def load_predictions(
     path: str | Path,
     rows: Dataset | None = None,  # as for check_predictions
@@ -527,6 +528,7 @@ def read_questions(
     if not found: raise ValueError(f"{path} holds no questions")
     return found
 
+# %% ../nbs/reference/scoring.ipynb #5c0a1b07
 def answer_questions(
     model, processor,
     rows: list,              # of `question_row`
