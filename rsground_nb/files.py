@@ -46,7 +46,9 @@ from defusedxml.ElementTree import fromstring
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from .boxes import GROUP, NUMERAL, between, encode_mask, mask_box, mask_text, parse_box, run_lengths
+from .boxes import between, parse_box
+from .parsing import GROUP, NUMERAL
+from .shapes import encode_mask, mask_box, mask_text, run_lengths
 
 # %% ../nbs/reference/files.ipynb #505cf5a8
 class Defect(ValueError):

@@ -30,12 +30,13 @@ from .scale import get_scale, locked, write_whole
 
 # %% ../nbs/reference/run.ipynb #8d58fddc
 ORDER = [  # every notebook, from the first to the last: a module imports those before it only
-    "reference/scale", "reference/exercises", "01_boxes", "reference/sentences", "02_scenes", "reference/files", "03_data",
+    "reference/scale", "reference/exercises", "reference/parsing", "01_boxes", "deeper/shapes",
+    "reference/sentences", "reference/drawing", "02_scenes", "reference/files", "03_data",
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
-    "reference/filters", "reference/chat", "reference/synthesis", "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals",
-    "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
+    "reference/filters", "reference/chat", "reference/synthesis", "reference/safeguard", "06_sft",
+    "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
     "10_evaluate", "reference/scoring", "reference/run"]
-COURSE = [name for name in ORDER if "/" not in name]
+COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."

@@ -22,39 +22,44 @@ from filelock import FileLock, Timeout
 class Scale:
     "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
     name: str
-    model: str                  # the base: "tiny" (shipped with the package), a local folder, or a hub name
-    num_train: int              # synthetic scenes for training (one expression each)
+    model: str                  # the base: "tiny" (in the package), a local folder, or a hub name
+    num_train: int              # drawn scenes for training, one expression each
     num_val: int
     num_test: int
-    image_side: int             # side of a synthetic scene
-    max_pixels: int             # an image is shrunk until it has at most this many pixels
-    lora_rank: int              # 0: no LoRA, all weights of the language part move
+    image_side: int             # side of a drawn scene
+    max_pixels: int             # larger images are shrunk to at most this many pixels
+    lora_rank: int              # 0: no LoRA, all weights of the language part are trained
     sft_steps: int
     sft_batch_size: int
     sft_learning_rate: float
     grpo_steps: int
-    prompts_per_step: int       # queries in one GRPO step
-    num_generations: int        # rollouts per query, G
+    prompts_per_step: int       # questions in one GRPO step
+    num_generations: int        # rollouts per question, G
     temperature: float          # of the rollouts
-    scale_rewards: str          # advantages are divided by the spread of rewards in the "group" or in the whole "batch", or not at all ("none")
+    scale_rewards: str          # "group", "batch" or "none": whose spread divides advantages
     grpo_learning_rate: float
     max_completion_length: int  # tokens
-    rows_per_pass: int          # rows that go through the network at once; more rows per step are accumulated
+    rows_per_pass: int          # rows in one pass through the network; gradients of the passes are added up
     processes: int = 1          # of a training on a CPU, one core each
-    sft_from: str | None = None  # the model that CoT-SFT goes on from; None: `model`
+    sft_from: str | None = None  # the model that CoT-SFT starts from; None: `model`
 
 # %% ../nbs/reference/scale.ipynb #df2007ab
 SMOKE = Scale(
-    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64, image_side=112, max_pixels=112 * 112, lora_rank=0,
+    name="smoke", model="tiny", num_train=256, num_val=32, num_test=64,
+    image_side=112, max_pixels=112 * 112, lora_rank=0,
     sft_from="tiny-sft", sft_steps=20, sft_batch_size=16, sft_learning_rate=1e-4,
-    grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch", grpo_learning_rate=5e-5, max_completion_length=160, rows_per_pass=32)
+    grpo_steps=12, prompts_per_step=4, num_generations=8, temperature=0.8, scale_rewards="batch",
+    grpo_learning_rate=5e-5, max_completion_length=160, rows_per_pass=32)
 WORKSHOP = replace(
-    SMOKE, name="workshop", num_train=8192, num_val=128, num_test=512, sft_from=None, sft_steps=700, sft_batch_size=16, sft_learning_rate=2e-3, grpo_steps=120, prompts_per_step=32, grpo_learning_rate=1e-4,
-    rows_per_pass=64, processes=2)
+    SMOKE, name="workshop", num_train=8192, num_val=128, num_test=512,
+    sft_from=None, sft_steps=700, sft_batch_size=16, sft_learning_rate=2e-3,
+    grpo_steps=120, prompts_per_step=32, grpo_learning_rate=1e-4, rows_per_pass=64, processes=2)
 GPU = Scale(
-    name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512, image_side=448, max_pixels=1024 * 1024, lora_rank=64,
+    name="gpu", model="Qwen/Qwen2.5-VL-3B-Instruct", num_train=8192, num_val=256, num_test=512,
+    image_side=448, max_pixels=1024 * 1024, lora_rank=64,
     sft_steps=1500, sft_batch_size=16, sft_learning_rate=1e-4,
-    grpo_steps=1500, prompts_per_step=8, num_generations=8, temperature=1.0, scale_rewards="group", grpo_learning_rate=1e-5, max_completion_length=512, rows_per_pass=8)
+    grpo_steps=1500, prompts_per_step=8, num_generations=8, temperature=1.0, scale_rewards="group",
+    grpo_learning_rate=1e-5, max_completion_length=512, rows_per_pass=8)
 SCALES = {s.name: s for s in (SMOKE, WORKSHOP, GPU)}
 
 # %% ../nbs/reference/scale.ipynb #b017a102

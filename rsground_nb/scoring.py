@@ -24,7 +24,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
-from .boxes import GRID, Codec, draw_boxes, parse_completion, read_mask, smart_resize
+from .boxes import GRID, Codec, draw_boxes, parse_completion, smart_resize
 from .data import to_dataset
 from .evaluate import predict, ratios
 from .files import (FRAMES, GRIDS, READ_ERRORS, ImageFolder, as_finding, guess_frame, image_size,
@@ -32,6 +32,7 @@ from .files import (FRAMES, GRIDS, READ_ERRORS, ImageFolder, as_finding, guess_f
 from .grammar import cues
 from .model import REASON
 from .scenes import cell_name
+from .shapes import read_mask
 
 # %% ../nbs/reference/scoring.ipynb #06a139f0
 def areas(

@@ -1,4 +1,4 @@
-"""The kill test of chapter 05c: rows of drawn scenes are put to transformers' own server; server and client are killed again and again, and what is left at the end is counted.
+"""The kill test of reference/chat: rows of drawn scenes are put to transformers' own server; server and client are killed again and again, and what is left at the end is counted.
 
     python tests/benchmark_chat.py [--count 500] [--kills 3] [--seed 0] [--out tests/benchmark_chat.csv]
 

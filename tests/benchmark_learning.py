@@ -3,7 +3,7 @@
     python tests/benchmark_learning.py                                          the shipped model and the answers without a model
     python tests/benchmark_learning.py RUN --grpo-seed 0 [--count 512]          and the trainings
 
-RUN is the folder of a workshop run with seed 0 (`rsground run --scale workshop --out RUN`, or chapters 06 and 09; this script makes what is missing). CoT-SFT has seed 0; GRPO starts from it with
+RUN is the folder of a workshop run with seed 0 (`rsground run --scale workshop --out RUN`, or chapters 6 and 9; this script makes what is missing). CoT-SFT has seed 0; GRPO starts from it with
 --grpo-seed (0 is the run's own). Rows of the stage and seed are replaced in tests/benchmark_learning.csv, so five calls give five seeds; several may run at the same time. The gain of GRPO over
 all seeds that are there stands in the row "all": the mean of the seeds' gains with a 95 % t interval. After seeds 0, 1 and 2, --average judges these three together: row "0 to 2" has the gain that each question has
 on average over them, with a bootstrap interval over questions; row "averaged" is the model that has the mean of their weights. --other judges

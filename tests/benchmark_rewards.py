@@ -2,7 +2,7 @@
 
     python tests/benchmark_rewards.py [--boxes 1000000] [--repeats 30] [--seed 0] [--out FILE]
 
-One thread; processor time, so that what else the machine does counts little. A step: the three rewards in TRL's signature on 64 chains of thought of chapter 05, no text twice, so that nothing is remembered from the step before. `--out` writes a CSV file."""
+One thread; processor time, so that what else the machine does counts little. A step: the three rewards in TRL's signature on 64 chains of thought of chapter 5, no text twice, so that nothing is remembered from the step before. `--out` writes a CSV file."""
 import argparse
 import time
 from pathlib import Path

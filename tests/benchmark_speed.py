@@ -8,7 +8,7 @@ so that a busy minute hits all. `ratio` is the geometric mean over rounds of the
 that of the way, with a 95 % t interval; the first round warms up. `share_*` are the parts of a step (`head` is
 part of `forward`). Rows of the setting are replaced in tests/benchmark_speed.csv.
 SFT: all weights, 16 rows of the rule teacher's chains; `rows 8` is what one of two processes does in a step.
-GRPO: 8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 07; 64 rows in a pass, or 16.
+GRPO: 8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 7; 64 rows in a pass, or 16.
 `norms` (torch's F.rms_norm in place of transformers' RMSNorm) and `rows 16` gained less than 5 % or nothing and
 are not used by the package.
 """

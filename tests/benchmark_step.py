@@ -1,4 +1,4 @@
-"""Whole GRPO steps: trl.GRPOTrainer against SharedPromptTrainer (chapter 08b), in one process, taking turns, on the same questions from the same seed.
+"""Whole GRPO steps: trl.GRPOTrainer against SharedPromptTrainer (deeper/rollouts), in one process, taking turns, on the same questions from the same seed.
 
     python tests/benchmark_step.py --prompts 4 --tokens 64 256 --generations 8         about 4 minutes of one core; --generations 4 16 --ways all --rounds 4: 4 more
     python tests/benchmark_step.py --prompts 2 --tokens 900 --rounds 5 --generations 8  about 4; --generations 4 16 --ways all: 4 more (these four made the table)

@@ -26,7 +26,7 @@ GROUP = 8
 
 
 class Draw:
-    """draw_tokens of chapter 08b with known numbers instead of random ones."""
+    """draw_tokens of deeper/rollouts with known numbers instead of random ones."""
 
     def __init__(self): self.token = 0
 

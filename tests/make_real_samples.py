@@ -10,11 +10,13 @@ from pathlib import Path
 from rsground_nb.refer import as_line, image_name, put_images, read_detections, refer
 
 TARGET = Path(__file__).resolve().parent.parent / "rsground_nb" / "assets" / "real"
-MOST, SIDES = 40, (192, 256, 320)
+MOST, SIDES = 40, (96, 112, 128, 160, 192)
+LEAST, CROWD = 0.18, 8  # the target's longer side as a share of the window's; planes in a window
 
 LICENSE = """# Where these pictures come from
 
-{count} crops of 192 to 320 px of {pictures} aerial pictures, with boxes people drew and sentences made by chapter 03d of rsground_nb.
+{count} crops of {small} to {large} px of {pictures} aerial pictures, with boxes people drew and sentences made by
+`rsground data refer`. The plane that is asked for takes at least {least:.0%} of the side: the tiny model sees 7 by 7 cells.
 
 The pictures are entries of the data set "aerial_planes" with source "{source}" and license "{license}". They were taken from an export
 (github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; that statement is all that the licence rests on.
@@ -41,11 +43,17 @@ def choose_rows(rows, count):
     return taken
 
 
+def can_be_seen(row):
+    """Is the target large enough for the tiny model's cells, and the crop not crowded?"""
+    x1, y1, x2, y2 = row["box"]
+    return max(x2 - x1, y2 - y1) >= LEAST * row["width"] and len(row["objects"]) <= CROWD
+
+
 def main(folder):
     source, license, names = public_domain(folder)
     found, _ = read_detections(folder / "test" / "_annotations.coco.json", "coco", folder / "test")
     rows, _ = refer([dict(r, split="test") for r in found if r["image_id"] in names], SIDES, seed=0)
-    rows = choose_rows([r for r in rows if r["window"]], MOST)
+    rows = choose_rows([r for r in rows if r["window"] and can_be_seen(r)], MOST)
     TARGET.mkdir(exist_ok=True)
     for old in TARGET.iterdir(): old.unlink()
     put_images(rows, TARGET)   # below images/test, then beside the rows: package data lie in one folder
@@ -53,8 +61,8 @@ def main(folder):
     for name, short in flat.items(): (TARGET / name).rename(TARGET / short)
     (TARGET / "images" / "test").rmdir(); (TARGET / "images").rmdir()
     (TARGET / "test.jsonl").write_text("".join(as_line(r, flat[image_name(r)]) for r in rows), encoding="utf-8")
-    pictures = sorted({r["image_id"] for r in rows})
-    (TARGET / "LICENSE.md").write_text(LICENSE.format(count=len(rows), pictures=len(pictures), source=source, license=license, names=", ".join(pictures)), encoding="utf-8")
+    pictures, widths = sorted({r["image_id"] for r in rows}), [r["width"] for r in rows]
+    (TARGET / "LICENSE.md").write_text(LICENSE.format(count=len(rows), pictures=len(pictures), small=min(widths), large=max(widths), least=LEAST, source=source, license=license, names=", ".join(pictures)), encoding="utf-8")
     print(f"{len(rows)} crops, {sum(p.stat().st_size for p in TARGET.iterdir()):,} bytes, hops {dict(Counter(r['hops'] for r in rows))}, {dict(Counter(r['source'] for r in rows))}")
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rsground_nb.bandit import SPREAD, TARGET, group_advantages, interval, to_boxes, train_policies, weighted
-from rsground_nb.rewards import ious
+from rsground_nb.bandit import SPREAD, TARGET, interval, to_boxes, train_policies, weighted
+from rsground_nb.rewards import group_advantages, ious
 
 OVERLAP, POSITIONAL = weighted({"iou": 1}), weighted({"iou": 1, "center": 0.1})
 groups = st.lists(st.lists(st.floats(-1, 2), min_size=4, max_size=4), min_size=1, max_size=3)

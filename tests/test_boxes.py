@@ -10,7 +10,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from benchmark_parsing import completions
 from conftest import ROOT
-from rsground_nb.boxes import (BOX, GRID, LARGEST, NOTATION, Codec, centre_distance, completion_box, diou, giou, iou, parse_box, parse_completion, smart_resize, turned_box)
+from rsground_nb.boxes import (BOX, GRID, NOTATION, Codec, centre_distance, completion_box, diou, giou, iou,
+                               parse_box, parse_completion, smart_resize)
+from rsground_nb.parsing import LARGEST
+from rsground_nb.shapes import turned_box
 
 FAMILIES = ["pixel", "qwen2_5_vl", *GRID]
 side = st.integers(1, 4000)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conftest import SHARED
 from rsground_nb.data import FEATURES, write_jsonl
@@ -119,7 +120,7 @@ def test_a_linked_image_folder_survives_a_manifest(shared, tmp_path, capsys):
 
 def test_what_is_no_dataset_is_not_taken_for_a_folder_of_images(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("a,b\n")
-    shutil.copy(Path(__file__).parent.parent / "nbs" / "images" / "gallery.png", tmp_path / "a.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     assert main(["data", "doctor", str(tmp_path)]) == 2
     (tmp_path / "a.csv").unlink()
     assert main(["data", "doctor", str(tmp_path)]) == 0
@@ -194,7 +195,7 @@ def test_archives_and_folders_of_pictures_are_named_in_one_sentence(tmp_path, ca
     for folder in ("packed", "pictures"): (tmp_path / folder).mkdir()
     (tmp_path / "packed" / "a.zip").write_bytes(b"PK")
     (tmp_path / "p.jsonl").write_text('{"expression_id": "a", "predicted": [1, 2, 3, 4]}')
-    shutil.copy(Path(__file__).parent.parent / "nbs" / "images" / "gallery.png", tmp_path / "pictures" / "a.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
     for command in (["data", "doctor", "{}"], ["data", "split", "{}", str(tmp_path / "new.jsonl")], ["evaluate", str(tmp_path / "p.jsonl"), "--data", "{}"], ["run", "--data", "{}", "--out", str(tmp_path / "run")]):
         assert main([word.replace("{}", str(tmp_path / "packed" / "a.zip")) for word in command]) == 2
         assert "is an archive: unpack it and name the folder" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import assume, example, given, settings, strategies as st
 from shapely.geometry import box as shape
 
-from rsground_nb.boxes import encode_mask, iou, read_mask
+from rsground_nb.boxes import iou
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.evaluate import (central, constant_guess, interval, largest_object, random_boxes,
                                   read_predictions, resampled, score, without_model, words_alone,
@@ -22,6 +22,7 @@ from rsground_nb.grammar import cues, region
 from rsground_nb.scoring import (check_predictions, compare_modes, cue_types, evaluate_file, FIVE,
                                  FRAME_NAMES, load_predictions, mask_metrics, MODES, score_strata, strata,
                                  tally)
+from rsground_nb.shapes import encode_mask, read_mask
 
 # One table per mode: predicted, true, IoU as a fraction, how it comes about. None: no box was answered. T is the truth unless another is given.
 T = (0, 0, 10, 10)
@@ -792,7 +793,7 @@ def test_a_text_that_is_no_mask_never_reaches_pycocotools(text):
 
 
 def test_an_empty_mask_has_no_box_however_it_is_written():
-    from rsground_nb.boxes import mask_box, run_lengths
+    from rsground_nb.shapes import mask_box, run_lengths
 
     for counts, runs in (("h0", [24]), ("h00", [24, 0]), ("<0<", [12, 0, 12])):
         assert run_lengths(counts) == runs and mask_box(json.dumps(dict(size=[4, 6], counts=counts))) is None

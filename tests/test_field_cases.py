@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from conftest import SHARED
-from rsground_nb.boxes import decode_mask
+from rsground_nb.shapes import decode_mask
 from rsground_nb.data import load_folder
 from rsground_nb.doctor import examine
 

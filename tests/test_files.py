@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from rsground_nb.boxes import decode_mask, encode_mask, mask_box
+from rsground_nb.shapes import decode_mask, encode_mask, mask_box
 from rsground_nb.data import load_folder
 from rsground_nb.files import LAYOUTS, Defect, ImageFolder, coco_runs, files_of, guess_format, number, open_pickle, read_index, read_rows, read_xml, run_lengths
 

@@ -22,7 +22,7 @@ def parts(p): return p.target, p.attributes, p.size, p.order, p.position, tuple(
 # Drawn scenes -----------------------------------------------------------------------------------------------------------------------------------------------------
 
 def expected(text):
-    """What the pattern of chapter 01b reads in one of its own sentences."""
+    """What the pattern of reference/sentences reads in one of its own sentences."""
     said = SENTENCE.fullmatch(text).groupdict()
     noun = said["category"] or said["plural"].removesuffix("s")
     end = {"leftmost": "left", "rightmost": "right", "topmost": "top", "bottommost": "bottom"}.get(said["pick"] or said["end"]) or CELLS.get(said["corner"])

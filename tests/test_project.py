@@ -9,49 +9,85 @@ import nbformat
 import pytest
 
 from conftest import ROOT
-from rsground_nb.run import ORDER
-from write_readme import readme_text
+from rsground_nb.run import COURSE, ORDER
+from write_readme import PICTURE, readme_text, tour_picture
 
-NOTEBOOKS = [ROOT / "nbs" / f"{name}.ipynb" for name in ORDER]
-MODULES = [p.stem.split("_")[-1] for p in NOTEBOOKS]
+TOUR = "00_tour"  # the one notebook without a module
+NOTEBOOKS = [ROOT / "nbs" / f"{name}.ipynb" for name in (TOUR, *ORDER)]
+MODULES = [name.split("/")[-1].split("_")[-1] for name in ORDER]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def cells(path): return nbformat.read(path, as_version=4).cells
 
 
 def test_readme_is_the_index_notebook():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "write README.md anew: python tests/write_readme.py"
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert written == readme_text(), "write README.md anew: python tests/write_readme.py"
 
 
-def test_every_code_block_of_the_readme_is_closed():
-    fences = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("```")]
-    assert fences and all(re.fullmatch(r"```\w+", line) for line in fences[::2]) and all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_code_block_of_a_page_is_closed(page):
+    fences = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
+    assert fences or page.parent.name == "docs"
+    assert all(re.fullmatch(r"```\w+", line) for line in fences[::2])
+    assert all(line == "```" for line in fences[1::2]) and len(fences) % 2 == 0
 
 
-def test_the_pictures_of_the_readme_exist():
-    pictures = re.findall(r"!\[.*?\]\((.+?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert pictures and all((ROOT / p).is_file() for p in pictures)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_links_and_pictures_of_a_page_exist(page):
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert targets or page.parent.name == "docs"
+    assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+def test_the_picture_of_the_readme_is_the_tours():
+    assert f"({PICTURE.relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PICTURE.read_bytes() == tour_picture(), "python tests/write_readme.py"
+
+
+def test_the_readme_is_short():
+    words = (ROOT / "README.md").read_text(encoding="utf-8").replace("|", " ").split()
+    assert len(words) <= 900
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
-    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    readme, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".ci/run"))
     for last in ("pytest", "rsground run"):
         for start in ("python3 -m venv", "py -m venv"):
             found = [line for line in readme.splitlines() if line.startswith(start) and line.endswith(last)]
             assert len(found) == 1 and "constraints.txt" in found[0], (start, last)
-    assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README, not repeat them"
+    assert "README.md" in ci and "pip install" not in ci, "CI must read the commands from the README"
 
 
-def test_the_readme_lists_every_chapter():
+def test_the_readme_lists_every_notebook_shelf_by_shelf():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, module in zip(ORDER, MODULES): assert f"| {name} | `{module}` |" in readme
+    rows = re.findall(r"^\| ([\w/]+) \|(?: `(\w+)`)? \| .+\? \|$", readme, re.M)
+    shelves = ["", "deeper", "reference"]
+    wanted = [(TOUR, ""), *zip(ORDER, MODULES)]
+    assert sorted(rows) == sorted(wanted)
+    places = [shelves.index(name.rpartition("/")[0]) for name, _ in rows]
+    assert places == sorted(places)
+
+
+def test_the_minutes_of_the_course_name_its_chapters():
+    rows = (ROOT / "tests" / "course_minutes.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[0] for row in rows] == ["chapter", *COURSE]
+
+
+def test_the_course_is_the_first_shelf_and_begins_with_the_tour():
+    assert COURSE == [TOUR, *(name for name in ORDER if "/" not in name)]
+    found = {p.stem for p in (ROOT / "nbs").glob("*.ipynb")} - {"index"}
+    assert found == set(COURSE) and sorted(COURSE) == COURSE
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_has_its_header_and_parameters(path):
     found = cells(path)
     assert re.match(r"# .+\n> .+", found[0].source)
-    assert found[1].source.strip() == f"#| default_exp {path.stem.split('_')[-1]}"
+    module = [c.source.strip() for c in found if c.source.startswith("#| default_exp")]
+    if path.stem == TOUR: assert module == [] and not any(re.match(r"#\|\s*export", c.source) for c in found)
+    else: assert [found[1].source.strip()] == module == [f"#| default_exp {path.stem.split('_')[-1]}"]
     tagged = [c for c in found if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and "export" not in tagged[0].source
     assert re.findall(r"^(\w+): ", tagged[0].source, re.M) == ["scale", "seed", "out", "data"]
@@ -61,7 +97,9 @@ def test_a_notebook_has_its_header_and_parameters(path):
 def imported(module):
     """Modules of this package that a module's source imports anywhere, also inside functions."""
     tree = ast.parse((ROOT / "rsground_nb" / f"{module}.py").read_text(encoding="utf-8"))
-    return {(n.module or "").removeprefix("rsground_nb.") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("rsground_nb"))}
+    found = [(n.level, n.module or "") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    ours = [name for level, name in found if level or name.startswith("rsground_nb")]
+    return {name.removeprefix("rsground_nb.") for name in ours}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -70,7 +108,7 @@ def test_a_module_imports_only_chapters_above_it(module):
 
 
 def test_importing_modules_has_no_side_effects(tmp_path):
-    """In one process, in chapter order. Libraries are loaded first: what they do on import is not ours to judge."""
+    """In one process, in the order of ORDER. Libraries come first: their imports are not ours."""
     program = f"""
 import importlib, os, random, sys
 from trl import GRPOTrainer, SFTTrainer
@@ -81,15 +119,18 @@ for k, module in enumerate({MODULES}):
     assert loaded <= set({MODULES}[:k + 1]), (module, loaded)
     assert dict(os.environ) == before, module + ' changes the environment'
     assert random.getstate() == state, module + ' changes the random state'
-    assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules, module + ' needs nbdev at run time'"""
+    assert not {{'nbdev', 'fastcore'}} & set(sys.modules), module + ' needs nbdev at run time'"""
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
 
 
 def test_importing_the_package_is_light():
-    program = "import sys, rsground_nb; print(len([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'datasets', 'numpy')]))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "0"
+    program = """
+import sys, rsground_nb
+print({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'datasets', 'numpy'})"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_runtime_requirements_hold_no_nbdev():

@@ -17,12 +17,12 @@ def test_interrupted_and_resumed(tmp_path):
     process.send_signal(signal.SIGINT)
     said = process.stdout.read()
     assert process.wait(60) == 130 and "rsground run --resume --out" in said
-    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["01_boxes"]
+    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_tour", "01_boxes"]
     first = (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns
     process = subprocess.Popen([*RSGROUND, "run", "--resume", "--out", str(out)], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "02_scenes:" in line: break
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["01_boxes", "02_scenes"]
+    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_tour", "01_boxes", "02_scenes"]
     assert (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns == first

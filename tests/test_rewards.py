@@ -149,6 +149,19 @@ def test_the_explorer_shows_the_table_of_the_box_that_was_set():
     assert "nan" not in table.value.lower()
 
 
+GOOD = "<think>It is at the left.</think><answer>[1, 2, 30, 40]</answer>"
+
+
+@pytest.mark.parametrize("text, score", [
+    (GOOD, 1), ("\n" + GOOD + "\n", 1), (GOOD + " Done!", 0), (GOOD + GOOD, 0), ("", 0),
+    ("<answer>[1, 2, 30, 40]</answer>", 0), (GOOD.replace("It is at the left.", " "), 0),
+    (GOOD.replace("[1, 2, 30, 40]", "[30, 2, 1, 40]"), 0), (GOOD.replace("at", "at < 3 px"), 1),
+    (GOOD.replace("at", "at <b>the</b>"), 1), (GOOD.replace("at", "at <think>the"), 0),
+    (GOOD.replace("at", "at </answer>"), 0)])
+def test_the_form(text, score):
+    assert format_score(text) == score
+
+
 @given(st.text())
 def test_the_format_score_never_fails(text): assert format_score(text) in (0.0, 1.0)
 
@@ -259,8 +272,8 @@ def test_a_group_without_an_iou_has_weight_1():
     assert weights[0].tolist() == [1.0] * G and (weights[1:] > 1).all()
 
 
-def test_the_example_of_the_readme_trains_with_trls_own_trainer(tmp_path, monkeypatch):
-    [example] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S) if "GRPOTrainer" in block]
+def test_the_example_of_the_docs_trains_with_trls_own_trainer(tmp_path, monkeypatch):
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "use.md").read_text(encoding="utf-8"), re.S) if "GRPOTrainer" in block]
     monkeypatch.chdir(tmp_path)
     page = {}
     exec(example, page)

@@ -14,7 +14,7 @@ from rsground_nb.run import COURSE, ORDER, main, run_chapter, setbacks, title_of
 from rsground_nb.scale import get_scale
 from rsground_nb.synthesis import chain_stage, load_chains, read_table
 
-@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("name", sorted({*COURSE, *ORDER}))
 def test_every_chapter_ran_to_its_end(smoke_run, name):
     notebook = nbformat.read(smoke_run / "notebooks" / f"{name}.ipynb", as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]

@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from shapely import Polygon
 
-from rsground_nb import scenes as module
-from rsground_nb.boxes import decode_mask, iou, mask_box
+from rsground_nb.boxes import iou
+from rsground_nb.shapes import decode_mask, mask_box
 from rsground_nb.sentences import count_hops
 from rsground_nb.scenes import (COLOURS, RULES, SENTENCE, SHAPES, STYLES, SURE, TONES, Scene, Style, Thing, check_expression, clear_boxes, describe, draw_scene, expressions, label_map,
                                 make_scene, masks, place, scene_records, set_visible)
@@ -395,7 +395,7 @@ def test_things_compare_by_identity():
 def test_the_vocabulary_of_the_checker_is_that_of_the_styles():
     for look in STYLES.values():
         for category in look.categories:
-            for colour in {**look.colours, **module.TONES}: assert SENTENCE.fullmatch(f"the {colour} {category}")["category"] == category
+            for colour in {**look.colours, **TONES}: assert SENTENCE.fullmatch(f"the {colour} {category}")["category"] == category
 
 
 # --- hops

@@ -1,4 +1,4 @@
-"""The trainer of chapter 09: the weight of each group on one and on two processes, under every loss and schedule, and its guards. Rollouts are told, not drawn: those of question q lie off the truth by multiples of q + 1."""
+"""The trainer of chapter 9: the weight of each group on one and on two processes, under every loss and schedule, and its guards. Rollouts are told, not drawn: those of question q lie off the truth by multiples of q + 1."""
 import math
 import os
 import tempfile

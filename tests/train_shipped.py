@@ -1,15 +1,23 @@
 """Train the models that are shipped beside the base: CoT-SFT, then GRPO, on drawn and on real questions.
 
-    rsground data refer PLANES REAL --window 160 256 360 --seed 0
-    python tests/train_shipped.py sft REAL OUT       from the base: 3,000 steps, then 2,000 with more real questions
-    python tests/train_shipped.py grpo REAL OUT      from OUT/sft: questions with boxes only, on two processes
-    python tests/train_shipped.py judge REAL OUT     Acc@0.5 of every stage on the test questions
-    python tests/train_shipped.py show REAL OUT      the README's picture: answers of the shipped models to questions drawn by lot
+    python tests/train_shipped.py turn PLANES TURNED   two mirrored copies of each training picture, in TURNED/3 and TURNED/4
+    rsground data refer PLANES REAL/0 --window 160 256 360 --seed 0
+    rsground data refer TURNED/3 REAL/3 --window 140 180 225 290 360 --seed 3
+    rsground data refer TURNED/4 REAL/4 --window 150 200 256 320 --seed 4
+    python tests/train_shipped.py sft REAL OUT         from the base: three parts, the last one with the mirrored pictures
+    python tests/train_shipped.py ask REAL OUT         the questions for GRPO: those that four rollouts answer differently
+    python tests/train_shipped.py grpo REAL OUT SEED   from OUT/sft: questions with boxes only, on two processes
+    python tests/train_shipped.py more REAL OUT SEED STEPS   its control: as many minutes of more CoT-SFT
+    python tests/train_shipped.py judge REAL OUT       Acc@0.5 of every stage on the test questions
+    python tests/train_shipped.py show REAL OUT        the README's picture: answers to questions drawn by lot
 
-PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has chains, for CoT-SFT, the other has boxes only, for GRPO. Settings were chosen on val and on drawn questions of
-seed 2000; test questions are those of the test airports and of seeds 3000 and 3001. Minutes and scores stand in the cards of the models.
+PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has chains, for CoT-SFT,
+the other has boxes only, for GRPO. Settings were chosen on val and on drawn questions of seed 2000; test questions are
+those of the test airports and of seeds 3010 and 3011. Minutes and scores stand in the cards of the models.
 """
 import hashlib
+import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -20,12 +28,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from datasets import concatenate_datasets
+from PIL import Image
 
-from rsground_nb.boxes import parse_completion
+from rsground_nb.boxes import completion_box, iou, parse_completion
 from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
-from rsground_nb.evaluate import gain, interval, predict
-from rsground_nb.model import DIRECT, REASON, codec_of, load_vlm, to_prompt
+from rsground_nb.evaluate import interval, predict
+from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm, to_prompt
 from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.refer import load_real_samples
@@ -34,6 +43,33 @@ from rsground_nb.sft import sft_trainer
 from rsground_nb.train import grpo_rows, grpo_trainer
 
 WORKSHOP, TABLE = get_scale("workshop"), Path(__file__).parent / "shipped.csv"
+MIRRORS = ("3", "4")  # bit 0 of the number: mirrored at the diagonal, bit 1: left-right, bit 2: top-bottom
+
+
+def turn(planes, out):
+    """Write mirrored copies of the training pictures with their boxes, a folder for each of MIRRORS."""
+    known = json.loads((planes / "train" / "_annotations.coco.json").read_text())
+    flips = (Image.Transpose.TRANSPOSE, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM)
+    for mirror in MIRRORS:
+        folder, images, sizes = out / mirror / "train", [], {}
+        folder.mkdir(parents=True)
+        for entry in known["images"]:
+            picture, (stem, _, end) = Image.open(planes / "train" / entry["file_name"]).convert("RGB"), entry["file_name"].partition(".")
+            for bit, flip in enumerate(flips):
+                if int(mirror) >> bit & 1: picture = picture.transpose(flip)
+            name = f"{stem}.t{mirror}.{end}"
+            picture.save(folder / name, quality=95)
+            images.append(dict(entry, file_name=name, width=picture.width, height=picture.height))
+            sizes[entry["id"]] = picture.size
+        boxes = [dict(a, bbox=turned(a["bbox"], sizes[a["image_id"]], int(mirror)), segmentation=[]) for a in known["annotations"]]
+        (folder / "_annotations.coco.json").write_text(json.dumps(dict(known, images=images, annotations=boxes)))
+
+
+def turned(box, size, mirror):
+    """[x, y, w, h] in the mirrored picture of (width, height) `size`."""
+    x, y, w, h = box
+    if mirror & 1: x, y, w, h = y, x, h, w
+    return [size[0] - x - w if mirror & 2 else x, size[1] - y - h if mirror & 4 else y, w, h]
 
 
 def drawn(count, seed, split, rivals):
@@ -74,22 +110,51 @@ def learn_chains(model, processor, rows, steps, rate, seed, out):
 def train_sft(folder, out):
     start(0)
     began, (model, processor), scenes = time.time(), load_vlm("tiny"), drawn(12288, 0, "train", False)
-    first = learn_chains(model, processor, concatenate_datasets([scenes, real(folder, "train", 0.09, True)]), 3000, 2e-3, 0, out / "trainer")
-    start(1)
-    second = learn_chains(model, processor, concatenate_datasets([scenes, *[real(folder, "train", 0.14, True)] * 4]), 2000, 1.5e-3, 1, out / "trainer")
-    save(model, processor, out / "sft", pd.concat([first, second]), began)
+    least = {k: [real(folder / "0", "train", k, True)] for k in (0.09, 0.14)}
+    turned = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in MIRRORS]
+    parts = [([scenes, *least[0.09]], 3000, 2e-3), ([scenes, *least[0.14] * 4], 2000, 1.5e-3),
+             ([drawn(6000, 0, "train", False), *least[0.14], *turned], 1500, 1e-3)]
+    logs = []
+    for seed, (rows, steps, rate) in enumerate(parts):
+        start(seed)
+        logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed, out / "trainer"))
+    save(model, processor, out / "sft", pd.concat(logs), began)
 
 
-def train_grpo(folder, out, steps=80, seed=0):
+def candidates(folder):
+    """Questions whose chains CoT-SFT has not seen: other scenes, and the other half of the real pictures."""
+    scenes = drawn(4096, 1, "grpo", False)
+    return concatenate_datasets([scenes, *[real(folder / k, "train", 0.14, False).cast(scenes.features) for k in ("0", *MIRRORS)]])
+
+
+def ask(folder, out, count=3000):
+    """Write OUT/asked.json: of `count` questions drawn by lot, those where the IoUs of four rollouts lie 0.4 apart or more."""
+    start(0)
+    rows, (model, processor) = candidates(folder), load_vlm(str(out / "sft"))
+    codec, lot = codec_of(model.config.model_type, processor), np.random.default_rng(0).permutation(len(rows))[:count]
+    kept = []
+    for k in range(0, count, 128):
+        part = rows.select(lot[k:k + 128])
+        ious = []
+        for _ in range(4):
+            said = generate_answers(model, processor, part["image"][:], part["expression"][:], batch_size=128, do_sample=True, temperature=0.8)
+            boxes = [completion_box(s, codec, w, h) for s, w, h in zip(said, part["width"], part["height"])]
+            ious.append([0.0 if b is None else iou(b, t) for b, t in zip(boxes, part["box"])])
+        kept += lot[k:k + 128][np.ptp(ious, axis=0) >= 0.4].tolist()
+        print(f"{len(kept)} of {k + len(part)} questions", flush=True)
+    (out / "asked.json").write_text(json.dumps(kept))
+
+
+def train_grpo(folder, out, seed, steps=60):
     """Every process of two calls it."""
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
-    asked = [drawn(4096, 1, "grpo", False), real(folder, "train", 0.14, False)]
-    rows, size = grpo_rows(concatenate_datasets(asked).shuffle(seed=seed)), replace(WORKSHOP, grpo_steps=steps)
-    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, out / "trainer", disable_tqdm=True)
+    asked = candidates(folder).select(json.loads((out / "asked.json").read_text()))
+    rows, size = grpo_rows(asked.shuffle(seed=seed)), replace(WORKSHOP, grpo_steps=steps)
+    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, out / f"trainer-{seed}", disable_tqdm=True)
     trainer.train()
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
-    if trainer.is_world_process_zero(): save(trainer.accelerator.unwrap_model(trainer.model), processor, out / "grpo", log, began)
+    if trainer.is_world_process_zero(): save(trainer.accelerator.unwrap_model(trainer.model), processor, out / f"grpo-{seed}", log, began)
 
 
 def save(model, processor, folder, log, began):
@@ -98,29 +163,48 @@ def save(model, processor, folder, log, began):
     log.assign(minutes=round((time.time() - began) / 60, 2)).to_csv(folder / "log.csv", index=False)
 
 
+def more_sft(folder, out, seed, steps):
+    """The control of GRPO: as many minutes of more CoT-SFT, on the rows of its last part. Every process of two calls it."""
+    start(seed)
+    began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
+    scenes = drawn(6000, 0, "train", False)
+    parts = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in ("0", *MIRRORS)]
+    log = learn_chains(model, processor, concatenate_datasets([scenes, *parts]), steps, 1e-3, 100 + seed, out / f"trainer-more-{seed}")
+    if int(os.environ.get("RANK", 0)) == 0: save(model, processor, out / f"more-{seed}", log, began)
+
+
 def judge(folder, out):
-    """Acc@0.5 and mean IoU with intervals, for each stage and set of questions, and the change of mean IoU over the stage before, paired by question; the base is asked for the box alone."""
+    """Acc@0.5 and mean IoU of every stage on every set of questions, with 95 % intervals over pictures, and the change of
+    both over CoT-SFT, paired by question. A stage of several seeds counts with the mean over them. The base is asked for
+    the box alone."""
     start(0)
-    sets = {"drawn, with a rival": drawn(512, 3000, "test", True), "drawn, all kinds": drawn(512, 3001, "test", False), "real, test airports": real(folder, "test", 0.14)}
-    table, before = [], {}
-    for stage, name, template in (("base", "tiny", DIRECT), ("CoT-SFT", out / "sft", REASON), ("GRPO", out / "grpo", REASON)):
-        if isinstance(name, Path) and not name.exists(): continue
-        model, processor = load_vlm(str(name))
-        for what, rows in sets.items():
-            found = predict(model, processor, rows, 160, 64, template=template)
-            ious = np.array([p["iou"] for p in found])
-            low, high = interval((ious >= 0.5).astype(float), [p["image_id"] for p in found])
-            hops = {f"hops {k}": (ious[np.array(rows["hops"]) == k] >= 0.5).mean() for k in (1, 2, 3)}
-            table.append({"stage": stage, "questions": what, "N": len(rows), "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "low": low, "high": high, **hops,
-                          **(gain(found, before[what]) if what in before else {})})
-            before[what] = found
-            print(table[-1], flush=True)
+    sets = {"drawn, with a rival": drawn(512, 3010, "test", True), "drawn, all kinds": drawn(512, 3011, "test", False), "real, test airports": real(folder / "0", "test", 0.14)}
+    stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")), "more CoT-SFT": sorted(out.glob("more-?"))}
+    table, items = [], []
+    for what, rows in sets.items():
+        pictures, hops, found = rows["image_id"], np.array(rows["hops"]), {}
+        for stage, names in stages.items():
+            if not names: continue
+            template = DIRECT if stage == "base" else REASON
+            found[stage] = np.array([[p["iou"] for p in predict(*load_vlm(str(n)), rows, 160, 64, template=template)] for n in names])
+            ious, hits = found[stage].mean(0), (found[stage] >= 0.5).mean(0)
+            row = {"stage": stage, "questions": what, "N": len(rows), "seeds": len(names), "mIoU": ious.mean(), "Acc@0.5": hits.mean()}
+            row["low"], row["high"] = interval(hits, pictures)
+            row |= {f"hops {k}": hits[hops == k].mean() for k in (1, 2, 3)}
+            if stage in ("GRPO", "more CoT-SFT"):
+                for name, gap in (("gain", ious - found["CoT-SFT"][0]), ("hits", hits - (found["CoT-SFT"][0] >= 0.5))):
+                    row[name] = gap.mean()
+                    row[f"{name}_low"], row[f"{name}_high"] = interval(gap, pictures)
+            table.append(row)
+            items += [dict(questions=what, stage=stage, seed=k, item=i, iou=round(v, 4)) for k, vs in enumerate(found[stage]) for i, v in enumerate(vs)]
+            print(row, flush=True)
     pd.DataFrame(table).round(4).to_csv(TABLE, index=False)
+    pd.DataFrame(items).to_csv(out / "items.csv", index=False)
 
 
 def show(picture):
     """Four real and four drawn questions, drawn by lot: the truth (green), the box of the base (blue) and of the model after GRPO (orange), and its thought."""
-    rows = [*load_real_samples().shuffle(seed=0).select(range(4)), *drawn(512, 3000, "test", True).shuffle(seed=0).select(range(4))]
+    rows = [*load_real_samples().shuffle(seed=0).select(range(4)), *drawn(512, 3010, "test", True).shuffle(seed=0).select(range(4))]
     rows = to_dataset([{**row, "image": {"bytes": as_png(row["image"]), "path": None}} for row in rows])
     found = {name: predict(*load_vlm(name, None), rows, 160, 8, template) for name, template in (("tiny", DIRECT), ("tiny-grpo", REASON))}
     fig, axes = plt.subplots(2, 4, figsize=(12, 8.6), dpi=75)
@@ -141,8 +225,11 @@ def show(picture):
 if __name__ == "__main__":
     import train_shipped  # by its name: other processes cannot find what __main__ defines
 
-    stage, folder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    stage, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    if stage == "turn": turn(folder, out)
     if stage == "sft": train_sft(folder, out)
-    if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out)
+    if stage == "ask": ask(folder, out)
+    if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out, int(sys.argv[4]))
+    if stage == "more": on_processes(2, train_shipped.more_sft, folder, out, int(sys.argv[4]), int(sys.argv[5]))
     if stage == "judge": judge(folder, out)
     if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")
