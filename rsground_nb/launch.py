@@ -33,7 +33,7 @@ from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
 from .model import codec_of, load_vlm, lora_config, memory_plan, merged
 from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards
 from .scale import finish_stage, get_scale, locked, stage_ready, start
-from .sft import Safeguard, catch_up, last_checkpoint
+from .safeguard import Safeguard, catch_up, last_checkpoint
 from .synthesis import load_chains, synthesise
 from .train import grpo_rows, never_drawn, watched, with_rivals
 

@@ -34,9 +34,9 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/sentences", "reference/drawing", "02_scenes", "reference/reading", "reference/files",
     "reference/folders", "03_data",
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
-    "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
-    "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
-    "10_evaluate", "reference/run"]
+    "reference/filters", "reference/chat", "reference/synthesis", "reference/safeguard", "06_sft",
+    "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
+    "10_evaluate", "reference/scoring", "reference/run"]
 COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:
@@ -441,7 +441,7 @@ def write_tables(folder, **tables):
 def evaluate_command(args):
     "`rsground evaluate`: exit code 0, or 2 (bad input)."
     from rsground_nb.data import data_parts, held_out, load_folder, split_hash
-    from rsground_nb.evaluate import evaluate_file, lines_or_items
+    from rsground_nb.scoring import evaluate_file, lines_or_items
     try:
         check_numbers(args)
         lines_or_items(args.predictions)  # what is no prediction file is refused before the data are read
@@ -468,7 +468,7 @@ def evaluate_command(args):
 
 def questions_of(words):
     "[(image, expression, expression_id), ...] that the words of `rsground predict` mean. Raises ValueError."
-    from rsground_nb.evaluate import read_questions
+    from rsground_nb.scoring import read_questions
     *images, expression = words
     if not images and expression.endswith((".jsonl", ".json")): return read_questions(expression)
     if not images or os.path.isfile(expression):
@@ -509,7 +509,7 @@ def model_to_ask(name):
 def predict_command(args):
     "`rsground predict`: exit code 0, 2 (bad input) or 130 (interrupted)."
     from transformers.utils.logging import disable_progress_bar
-    from rsground_nb.evaluate import answer_picture, answer_questions, question_row
+    from rsground_nb.scoring import answer_picture, answer_questions, question_row
     from rsground_nb.model import codec_of
     try:
         disable_progress_bar()

@@ -33,9 +33,10 @@ from rsground_nb.evaluate import gain, interval, predict, score, without_model
 from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
 from rsground_nb.pretrain import cut_window, name_quiz
 from rsground_nb.rewards import format_score
+from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.scenes import as_png, scene_records
-from rsground_nb.sft import on_processes, sft_stage
+from rsground_nb.sft import sft_stage
 from rsground_nb.train import grpo_stage, train_grpo
 
 TABLE = Path(__file__).parent / "benchmark_learning.csv"

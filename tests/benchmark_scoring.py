@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from rsground_nb.evaluate import MODES, as_arrays, compare_modes, evaluate_file, load_predictions
+from rsground_nb.scoring import MODES, as_arrays, compare_modes, evaluate_file, load_predictions
 
 WORDS = ["the ship on the left", "the largest tank", "the plane above the red car", "the windmill", "the second vehicle from the right"]
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+from rsground_nb.safeguard import last_checkpoint
 from rsground_nb.scale import SCALES, get_scale
-from rsground_nb.sft import last_checkpoint, sft_stage
+from rsground_nb.sft import sft_stage
 from rsground_nb.train import grpo_stage, silent
 
 TABLE = Path(__file__).with_suffix(".csv")

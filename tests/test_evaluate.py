@@ -15,9 +15,13 @@ from shapely.geometry import box as shape
 
 from rsground_nb.boxes import iou
 from rsground_nb.data import load_folder, to_dataset
-from rsground_nb.evaluate import (FIVE, FRAME_NAMES, MODES, check_predictions, compare_modes, central, constant_guess, cue_types, evaluate_file, interval, largest_object, load_predictions,
-                                  mask_metrics, random_boxes, read_predictions, resampled, score, score_strata, strata, tally, without_model, words_alone, write_predictions)
+from rsground_nb.evaluate import (central, constant_guess, interval, largest_object, random_boxes,
+                                  read_predictions, resampled, score, without_model, words_alone,
+                                  write_predictions)
 from rsground_nb.grammar import cues, region
+from rsground_nb.scoring import (check_predictions, compare_modes, cue_types, evaluate_file, FIVE,
+                                 FRAME_NAMES, load_predictions, mask_metrics, MODES, score_strata, strata,
+                                 tally)
 from rsground_nb.shapes import encode_mask, read_mask
 
 # One table per mode: predicted, true, IoU as a fraction, how it comes about. None: no box was answered. T is the truth unless another is given.

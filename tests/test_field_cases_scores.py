@@ -6,7 +6,7 @@ import pytest
 
 from conftest import SHARED
 from rsground_nb.boxes import parse_completion
-from rsground_nb.evaluate import compare_modes
+from rsground_nb.scoring import compare_modes
 
 FILE = SHARED / "data" / "field_cases" / "cases.jsonl"
 CASES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.is_file() else []

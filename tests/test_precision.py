@@ -11,9 +11,10 @@ from rsground_nb.data import to_dataset
 from rsground_nb.grpo import SpatialGRPOConfig
 from rsground_nb.model import adapt, check_moving, codec_of, load_tiny, load_vlm, memory_plan, merged, training_dtype
 from rsground_nb.run import main
+from rsground_nb.safeguard import Safeguard
 from rsground_nb.scale import get_scale, start
 from rsground_nb.scenes import scene_records
-from rsground_nb.sft import Safeguard, sft_trainer
+from rsground_nb.sft import sft_trainer
 from rsground_nb.synthesis import synthesise
 from rsground_nb.train import grpo_rows, grpo_trainer
 

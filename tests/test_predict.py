@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsground_nb.evaluate import question_row, read_questions
 from rsground_nb.model import ASSETS, SHIPPED, load_tiny, load_vlm, student_codec
 from rsground_nb.refer import load_real_samples
 from rsground_nb.run import main
+from rsground_nb.scoring import question_row, read_questions
 
 SAID = "<think>Target: plane. Planes: 20 30.</think><answer>[100, 200, 300, 400]</answer>"
 

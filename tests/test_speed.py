@@ -13,8 +13,9 @@ from trl import SFTTrainer
 
 from rsground_nb.data import load_data
 from rsground_nb.model import codec_of, load_vlm
+from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, keep_memory, start
-from rsground_nb.sft import AnswersTrainer, on_processes, sft_trainer, train_sft
+from rsground_nb.sft import AnswersTrainer, sft_trainer, train_sft
 from rsground_nb.synthesis import load_chains, make_chains
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=2, sft_from=None, sft_steps=3, sft_batch_size=4, sft_learning_rate=8e-3, rows_per_pass=4)

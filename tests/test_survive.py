@@ -16,8 +16,9 @@ import rsground_nb.train
 from kill_training import Start, differences
 from rsground_nb.data import load_data
 from rsground_nb.model import codec_of, load_vlm
+from rsground_nb.safeguard import Safeguard, check_folder, checkpoints, last_checkpoint, train_and_save
 from rsground_nb.scale import get_scale, start
-from rsground_nb.sft import Safeguard, check_folder, checkpoints, last_checkpoint, sft_stage, sft_trainer, train_and_save
+from rsground_nb.sft import sft_stage, sft_trainer
 from rsground_nb.synthesis import synthesise
 from rsground_nb.train import grpo_stage, train_grpo, watched
 

@@ -16,9 +16,9 @@ from rsground_nb.grpo import SpatialGRPOConfig, SpatialGRPOTrainer
 from rsground_nb.model import adapt, codec_of, load_tiny, to_prompt
 from rsground_nb.rewards import make_rewards
 from rsground_nb.rollouts import by_group
+from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import start
 from rsground_nb.scenes import scene_records
-from rsground_nb.sft import on_processes
 
 G = 4
 ROWS = [dict(row, box=[30.0, 30, 60, 60]) for row in scene_records(6, 0)]

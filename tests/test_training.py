@@ -14,10 +14,11 @@ from conftest import ROOT
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
 from rsground_nb.grpo import SpatialGRPOConfig
+from rsground_nb.safeguard import on_processes
 from rsground_nb.train import grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
-from rsground_nb.sft import on_processes, sft_trainer
+from rsground_nb.sft import sft_trainer
 from rsground_nb.synthesis import synthesise
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, lora_rank=64, sft_steps=3, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=2, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)

@@ -35,10 +35,11 @@ from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.evaluate import interval, predict
 from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm, to_prompt
+from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.refer import load_real_samples
 from rsground_nb.scenes import as_png, scene_records
-from rsground_nb.sft import on_processes, sft_trainer
+from rsground_nb.sft import sft_trainer
 from rsground_nb.train import grpo_rows, grpo_trainer
 
 WORKSHOP, TABLE = get_scale("workshop"), Path(__file__).parent / "shipped.csv"
