@@ -34,7 +34,7 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
     "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
     "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
-    "10_evaluate", "reference/run"]
+    "10_evaluate", "reference/steps", "reference/run"]
 COURSE = [name for name in ORDER if "/" not in name]
 
 def notebooks_folder() -> Path:

@@ -12,7 +12,8 @@ from rsground_nb.evaluate import read_predictions, stage_table
 from rsground_nb.model import student_codec
 from rsground_nb.run import COURSE, ORDER, main, run_chapter, setbacks, title_of
 from rsground_nb.scale import get_scale
-from rsground_nb.synthesis import chain_stage, load_chains, read_table
+from rsground_nb.steps import Run
+from rsground_nb.synthesis import load_chains, read_table
 
 @pytest.mark.parametrize("name", ORDER)
 def test_every_chapter_ran_to_its_end(smoke_run, name):
@@ -92,7 +93,7 @@ def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
     assert list(table.expression_id) == splits["train"]["expression_id"][:]
     assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
     assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
-    assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
+    assert Run(smoke_run).chains == smoke_run / "chains"
 
 
 def test_the_report_stands_alone_and_names_every_chapter(smoke_run):
