@@ -236,17 +236,18 @@ def verdict(
     "One sentence: is the last model better than a guess that looks at nothing?"
     rows = stages[stages.split == stages.split.iloc[0]].set_index("stage")
     guess, last = rows.loc["constant guess"], rows.loc["GRPO"]
-    found = "beats" if last.gain_low > 0 else "is worse than" if last.gain_high < 0 else "cannot be told apart from"
+    unsure = "is worse than" if last.gain_high < 0 else "cannot be told apart from"
+    found = "beats" if last.gain_low > 0 else unsure
     seen = " (seen in training: there is no other split)" if last.split == "train" else ""
-    return (f"The trained model {found} a constant guess that looks at nothing: mean IoU {last.mIoU:.3f} against "
-            f"{guess.mIoU:.3f} on the {last.N} expressions of {last.split}{seen}, a difference of {last.gain:+.3f} "
-            f"(95 % interval {last.gain_low:+.3f} to {last.gain_high:+.3f}).")
+    return (f"The trained model {found} a constant guess that looks at nothing: mean IoU {last.mIoU:.3f} "
+            f"against {guess.mIoU:.3f} on the {last.N} expressions of {last.split}{seen}, a difference of "
+            f"{last.gain:+.3f} (95 % interval {last.gain_low:+.3f} to {last.gain_high:+.3f}).")
 
 def setbacks(stages) -> list:
     "One sentence for every stage whose change from the stage before lies below 0 with its whole interval."
     lost = stages[stages.change_high < 0]
-    return [f"{r.stage} ends below the stage before it: mean IoU {r.change:+.3f} (95 % interval "
-            f"{r.change_low:+.3f} to {r.change_high:+.3f}, question by question, on {r.split})." for r in lost.itertuples()]
+    return [f"{r.stage} ends below the stage before it: mean IoU {r.change:+.3f} (95 % interval {r.change_low:+.3f} "
+            f"to {r.change_high:+.3f}, question by question, on {r.split})." for r in lost.itertuples()]
 
 def write_report(
     run: dict,           # of new_run or load_run
@@ -280,8 +281,8 @@ def write_report(
 
 def title_of(name):
     "The heading and the one-line summary of a chapter."
-    first = json.loads((notebooks_folder() / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"]
-    title, summary = "".join(first).split("\n")[:2]
+    text = (notebooks_folder() / f"{name}.ipynb").read_text(encoding="utf-8")
+    title, summary = "".join(json.loads(text)["cells"][0]["source"]).split("\n")[:2]
     return title.removeprefix("# "), summary.removeprefix("> ")
 
 # %% ../nbs/reference/run.ipynb #f17136f8

@@ -33,14 +33,14 @@ def check_folder(
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place): pass
         except OSError as problem:
-            raise ValueError(f"a step cannot write to {place} ({problem.strerror}): mend or remove what is there, "
-                             "or choose another `out`") from None
+            raise ValueError(f"a step cannot write to {place} ({problem.strerror}): mend or remove what is "
+                             "there, or choose another `out`") from None
 
 # %% ../nbs/reference/steps.ipynb #7e9a000a
 @dataclass(frozen=True)
 class Run:
-    """A folder and settings. Its steps are made when they are first asked for: ValueError if the folder belongs to
-    another run, is in use or cannot be written to; RuntimeError if a training stops."""
+    """A folder and settings. Its steps are made when they are first asked for. Raises ValueError if the folder
+    belongs to another run, is in use or cannot be written to, RuntimeError if a training stops."""
     folder: str | Path
     data: str = "scenes"          # or a folder in one of the known layouts, or FILE@FOLDER
     scale: str | Scale = "smoke"
@@ -51,7 +51,8 @@ class Run:
 
     def made(self, name, work, marker=""):
         "The folder of a step. Calls `work(folder)` unless the marker there says that it is finished."
-        folder, settings = Path(self.folder) / name, dict(data=str(self.data), seed=self.seed, **asdict(self.size))
+        folder = Path(self.folder) / name
+        settings = dict(data=str(self.data), seed=self.seed, **asdict(self.size))
         if stage_ready(folder / marker, **settings): return folder
         check_folder(folder)
         with locked(folder / marker):
@@ -63,7 +64,8 @@ class Run:
     def trained(self, name, work, needed):
         "The model of a step that `work` trains; on a CPU with as many processes as the scale says."
         count = 1 if torch.cuda.is_available() else self.size.processes
-        def train(folder): on_processes(count, work, self.rows["train"], needed(), self.size, self.seed, folder)
+        def train(folder):
+            on_processes(count, work, self.rows["train"], needed(), self.size, self.seed, folder)
         return self.made(name, train) / "model"
 
     @cached_property
