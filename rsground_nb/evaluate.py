@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resampled', 'ratios', 'interval', 'metrics', 'predict', 'write_predictions', 'read_predictions', 'score', 'shares',
            'answer_with', 'constant_guess', 'random_boxes', 'gain', 'central', 'words_alone', 'largest_object',
-           'without_model', 'stage_table', 'evaluate_stage']
+           'without_model', 'stage_table', 'judge_stages']
 
 # %% ../nbs/10_evaluate.ipynb #cd92ce63
 import json
@@ -16,12 +16,11 @@ import pandas as pd
 from datasets import Dataset
 
 from .boxes import area, completion_box, iou, parse_completion
-from .data import held_out, load_data, split_hash
+from .data import held_out, split_hash
 from .grammar import cues
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
-from .scale import Scale, finish_stage, get_scale, settings_of, stage_ready, start
-from .sft import sft_stage
-from .train import grpo_stage
+from .scale import Scale, start
+
 
 # %% ../nbs/10_evaluate.ipynb #daed61d0
 def resampled(
@@ -195,6 +194,8 @@ def stage_table(
     table, before = [], None
     for name, found in stages.items():
         row = dict(stage=name, **about, **score(found), **gain(found, stages["constant guess"]))
+        hits = [p["iou"] >= 0.5 for p in found]
+        row["Acc@0.5_low"], row["Acc@0.5_high"] = interval(hits, [p["image_id"] for p in found])
         table.append(row)
         if name not in made: continue
         row["start"], row["steps"] = made[name]
@@ -202,28 +203,27 @@ def stage_table(
         before = found
     return pd.DataFrame(table).astype({"steps": "Int64"})
 
-def evaluate_stage(
-    data: str, scale: str, seed: int,
-    out: str | Path,  # the run's folder: writes predictions/, metrics.csv and stages.csv
-) -> pd.DataFrame:
-    "metrics.csv of a run, one row per split. Makes it, and the models before it, unless they are there. Raises ValueError if `out` belongs to another run."
-    out, settings = Path(out), settings_of(data, scale, seed)
-    if not stage_ready(out / "predictions", **settings):
-        size = get_scale(scale)
-        folders = {"base": size.model, "CoT-SFT": str(sft_stage(data, scale, seed, out)), "GRPO": str(grpo_stage(data, scale, seed, out))}
-        start(seed)
-        splits, _ = load_data(data, size, seed)
-        judged = held_out(splits)
-        stages = without_model(splits["train"], splits[judged], seed)
-        for name, folder in folders.items():
-            model, processor = load_vlm(folder, size.max_pixels)
-            for split in splits if name == "GRPO" else [judged]:
-                found = predict(model, processor, splits[split], size.max_completion_length, template=DIRECT if name == "base" else REASON)
-                write_predictions(found, out / "predictions" / f"{name}_{split}.jsonl")
-                if split == judged: stages[name] = found
-        table = [dict(split=s, **score(read_predictions(out / "predictions" / f"GRPO_{s}.jsonl")), hash=split_hash(rows)) for s, rows in splits.items()]
-        pd.DataFrame(table).to_csv(out / "metrics.csv", index=False)
-        compared = stage_table(stages, size, split=judged, hash=split_hash(splits[judged]))
-        compared.to_csv(out / "stages.csv", index=False)
-        finish_stage(out / "predictions", **settings)
-    return pd.read_csv(out / "metrics.csv")
+# %% ../nbs/10_evaluate.ipynb #5e7a0b10
+def judge_stages(
+    models: dict,  # stage, as in `stage_table` -> its folder, or the name of a shipped model
+    splits: dict,  # of the run's data
+    size: Scale, seed: int,
+    out: Path,     # gets predictions/STAGE_SPLIT.jsonl, metrics.csv (last stage by split) and stages.csv
+    more: dict | None = None,  # name -> rows: other questions for every stage, not in metrics.csv
+):
+    "Every stage answers the held-out split and the other questions; the last one answers all splits."
+    start(seed)
+    judged = held_out(splits)
+    asked = {judged: splits[judged], **(more or {})}
+    answers = {split: without_model(splits["train"], rows, seed) for split, rows in asked.items()}
+    for name, path in models.items():
+        model, processor = load_vlm(str(path), size.max_pixels)
+        template = DIRECT if name == "base" else REASON
+        for split, rows in ({**splits, **asked} if name == list(models)[-1] else asked).items():
+            found = predict(model, processor, rows, size.max_completion_length, template=template)
+            write_predictions(found, out / "predictions" / f"{name}_{split}.jsonl")
+            answers.setdefault(split, {})[name] = found
+    metrics = [dict(split=s, **score(answers[s][name]), hash=split_hash(rows)) for s, rows in splits.items()]
+    pd.DataFrame(metrics).to_csv(out / "metrics.csv", index=False)
+    stages = [stage_table(answers[s], size, split=s, hash=split_hash(rows)) for s, rows in asked.items()]
+    pd.concat(stages).to_csv(out / "stages.csv", index=False)

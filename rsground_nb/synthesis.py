@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'ASKED', 'ORIGIN', 'LINE', 'OWN_FILES', 'judge', 'count_verdicts', 'training_rows', 'synthesise',
            'write_table', 'read_table', 'load_chains', 'as_data_url', 'card', 'draw_lots', 'fill_in', 'write_audit',
-           'check_folder', 'origin', 'make_chains', 'chain_stage']
+           'check_folder', 'origin', 'make_chains']
 
 # %% ../nbs/reference/synthesis.ipynb #5dda647d
 import base64
@@ -24,11 +24,11 @@ from datasets import Dataset
 from .boxes import Codec, completion_box, draw_boxes, iou
 from .chat import PROMPT_VERSION, Server, chat_drafts
 from .cot import RULE_VERSION, rule_drafts, to_json
-from .data import load_data, split_hash
-from .reading import READ_ERRORS
+from .data import split_hash
 from .filters import CODES, find_faults, verdict
-from .model import plain_text, student_codec, to_prompt
-from .scale import finish_stage, get_scale, settings_of, stage_ready, write_whole
+from .model import plain_text, to_prompt
+from .reading import READ_ERRORS
+from .scale import finish_stage, stage_ready, write_whole
 
 # %% ../nbs/reference/synthesis.ipynb #c17d2663
 VERDICTS = {"ok": "kept", **CODES, "no_reply": "the teacher gave no text"}
@@ -213,7 +213,7 @@ def write_audit(
     write_whole(path, fill_in("audit.html", **shown))
 
 # %% ../nbs/reference/synthesis.ipynb #41d40559
-OWN_FILES = ("chains.jsonl", "counts.csv", "audit.html", "made_by.json", "replies.sqlite", "unfinished")
+OWN_FILES = ("chains.jsonl", "counts.csv", "audit.html", "made_by.json", "replies.sqlite", "unfinished", "stage")
 
 def check_folder(folder):
     "Raise ValueError if the folder holds anything that `make_chains` would not have written, or did not."
@@ -262,18 +262,3 @@ def make_chains(
     finish_stage(folder, **settings)
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     return table
-
-# %% ../nbs/reference/synthesis.ipynb #618ea83a
-def chain_stage(
-    data: str, scale: str, seed: int,
-    out: str | Path,  # the run's folder; this stage writes to `chains` inside it
-) -> Path:
-    """Folder of a run's chains: its training split, by the rule teacher. Makes them unless they are there.
-    Raises ValueError if `out` belongs to another run."""
-    folder, settings = Path(out) / "chains", settings_of(data, scale, seed)
-    if stage_ready(folder / "stage", **settings): return folder
-    size = get_scale(scale)
-    rows = load_data(data, size, seed)[0]["train"]
-    make_chains(rows, student_codec(size.model, size.max_pixels), folder, seed=seed)
-    finish_stage(folder / "stage", **settings)
-    return folder

@@ -28,7 +28,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from scipy.stats import sem, t
 
-from rsground_nb.data import load_data, to_dataset
+from rsground_nb.data import to_dataset
 from rsground_nb.evaluate import gain, interval, predict, score, without_model
 from rsground_nb.model import DIRECT, REASON, load_tiny, load_vlm
 from rsground_nb.pretrain import cut_window, name_quiz
@@ -36,8 +36,8 @@ from rsground_nb.rewards import format_score
 from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.scenes import as_png, scene_records
-from rsground_nb.sft import sft_stage
-from rsground_nb.train import grpo_stage, train_grpo
+from rsground_nb.steps import Run
+from rsground_nb.train import train_grpo
 
 TABLE = Path(__file__).parent / "benchmark_learning.csv"
 HELD_OUT = 1000  # seed of all questions here; training uses 0, 1, 2
@@ -128,14 +128,15 @@ def main():
 
 def train_and_judge(run, seed, size, rows, base):
     """CoT-SFT, then GRPO with a seed of its own, each judged against the stage before."""
-    learned, sets = sft_stage("scenes", "workshop", 0, run), dict(referring=rows, mixed=load_data("scenes", size, 0)[0]["test"])
+    steps = Run(run, "scenes", size, 0)
+    learned, sets = steps.sft, dict(referring=rows, mixed=steps.rows["test"])
     sft = {name: answers(learned, asked, REASON, size.max_completion_length) for name, asked in sets.items()}
     minutes = pd.read_csv(run / "sft" / "log.csv").minutes.iloc[0]
     add_rows([judged(name, "CoT-SFT", 0, found, base if name == "referring" else None, minutes=minutes) for name, found in sft.items()])
-    folder = grpo_stage("scenes", "workshop", 0, run).parent if seed == 0 else run / f"grpo-seed-{seed}"
+    folder = steps.grpo.parent if seed == 0 else run / f"grpo-seed-{seed}"
     if not (folder / "log.csv").exists() or not (folder / "model").exists():
         folder.mkdir(exist_ok=True)
-        on_processes(size.processes, train_grpo, str(learned), "scenes", size, 0, seed, folder)
+        on_processes(size.processes, train_grpo, steps.rows["train"], learned, size, seed, folder)
     minutes = pd.read_csv(folder / "log.csv").minutes.iloc[0]
     add_rows([judged(name, "GRPO", seed, answers(folder / "model", asked, REASON, size.max_completion_length), sft[name], minutes=minutes) for name, asked in sets.items()])
     for name in sets: over_seeds(name)

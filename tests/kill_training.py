@@ -24,8 +24,8 @@ import psutil
 
 from rsground_nb.safeguard import last_checkpoint
 from rsground_nb.scale import SCALES, get_scale
-from rsground_nb.sft import sft_stage
-from rsground_nb.train import grpo_stage, silent
+from rsground_nb.steps import Run
+from rsground_nb.train import silent
 
 TABLE = Path(__file__).with_suffix(".csv")
 SMOKE = replace(get_scale("smoke"), lora_rank=64, sft_from=None, sft_learning_rate=8e-3, grpo_learning_rate=5e-4)
@@ -50,13 +50,13 @@ def work(name, out, words):
     os.setsid()
     with open(words, "w") as file:
         for number in (1, 2): os.dup2(file.fileno(), number)
-    (sft_stage if name.startswith("sft") else grpo_stage)("scenes", name, 0, out)
+    getattr(Run(out, "scenes", name), name.split("-")[0])
 
 
 class Start:
     """A process that calls a stage. It comes out of a server that has the imports behind it, so that a kill costs seconds."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["rsground_nb.train"])
+    server.set_forkserver_preload(["rsground_nb.steps"])
 
     def __init__(self, name, out, work=work, words="words.txt", more=()):
         self.out, self.stage, self.file, self.began = Path(out), name.split("-")[0], Path(out) / words, time.time()
@@ -99,7 +99,7 @@ def kill_often(name, kills, draw, root):
     """Start, kill, start again until the stage is done; and again, until there were enough kills."""
     stage, whole, rows, done, training = name.split("-")[0], root / name / "uninterrupted", [], 0, 0
     whole.mkdir(parents=True)
-    if stage == "grpo": sft_stage("scenes", name, 0, whole)
+    if stage == "grpo": Run(whole, "scenes", name).sft
     start = Start(name, whole)
     start.process.join()
     assert start.process.exitcode == 0, start.words()

@@ -205,7 +205,7 @@ def test_what_a_data_set_says_is_escaped_in_html():
     page = fill_in("audit.html", counts=[], cards={}, meaning={}, about={"split": evil}, total=1)
     assert evil not in page and "&lt;script&gt;" in page
     source = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "reference" / "run.ipynb", as_version=4).cells)
-    assert re.findall(r"HTML\(f.*", source) == ["HTML(f\"<p>{html.escape(verdict(pd.read_csv(Path(out) / 'stages.csv')))}</p>\")"]
+    assert re.findall(r"HTML\(f.*", source) == ['HTML(f"<p>{html.escape(verdict(stages))}</p>")']
 
 
 def test_a_tab_or_a_line_break_in_a_sentence_makes_another_hash():

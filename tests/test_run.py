@@ -5,14 +5,17 @@ import re
 import nbformat
 import pandas as pd
 import pytest
+from PIL import Image
 
 from conftest import ROOT, said_by_checks
-from rsground_nb.data import load_data
-from rsground_nb.evaluate import read_predictions, stage_table
+from rsground_nb.data import load_data, to_dataset
+from rsground_nb.evaluate import read_predictions, stage_table, write_predictions
 from rsground_nb.model import student_codec
-from rsground_nb.run import COURSE, ORDER, main, run_chapter, setbacks, title_of
+from rsground_nb.refer import load_real_samples
+from rsground_nb.run import COURSE, ORDER, STAGES, gallery, main, run_chapter, setbacks, summary, title_of
 from rsground_nb.scale import get_scale
-from rsground_nb.synthesis import chain_stage, load_chains, read_table
+from rsground_nb.steps import Run
+from rsground_nb.synthesis import load_chains, read_table
 
 @pytest.mark.parametrize("name", sorted({*COURSE, *ORDER}))
 def test_every_chapter_ran_to_its_end(smoke_run, name):
@@ -59,11 +62,46 @@ def test_metrics_count_every_expression_once(smoke_run):
 
 
 def test_most_answers_can_be_read_after_sft(smoke_run):
-    assert pd.read_csv(smoke_run / "stages.csv").set_index("stage").unparsable["CoT-SFT"] < 0.1
+    table = pd.read_csv(smoke_run / "stages.csv").set_index(["split", "stage"]).unparsable
+    assert table["test", "CoT-SFT"] < 0.1 and table["real", "CoT-SFT"] < 0.1
+
+
+def test_every_stage_answers_the_drawn_and_the_real_questions(smoke_run):
+    table = pd.read_csv(smoke_run / "stages.csv").set_index(["split", "stage"])
+    for split, rows in {"test": load_data("scenes", get_scale("smoke"), 0)[0]["test"], "real": load_real_samples()}.items():
+        for stage in STAGES:
+            found, row = read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl"), table.loc[(split, stage)]
+            assert [p["expression_id"] for p in found] == rows["expression_id"][:] and row.N == len(rows)
+            assert row["Acc@0.5"] == pytest.approx(sum(p["iou"] >= 0.5 for p in found) / len(found))
+            assert row["Acc@0.5_low"] <= row["Acc@0.5"] <= row["Acc@0.5_high"] and row["Acc@0.5_low"] < row["Acc@0.5_high"]
+    said = summary(smoke_run)
+    for split, label in (("test", "drawn"), ("real", "real")):
+        values = " -> ".join(f"{v:.2f}" for v in table.loc[split]["Acc@0.5"][list(STAGES)])
+        assert f"{label} {values} (N = {table.loc[(split, 'GRPO')].N})" in said
+
+
+def test_the_report_begins_with_pictures_and_shows_every_stage(smoke_run):
+    page = (smoke_run / "report.html").read_text()
+    order = ['class="card"', 'class="stages"', 'class="curves"', "<table"]
+    assert [page.index(what) for what in order] == sorted(page.index(what) for what in order)
+    assert page.index("Real pictures, never trained on") < page.index("Drawn pictures, held out") < page.index('class="stages"')
+    found = [p for stage in STAGES for split in ("test", "real") for p in read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl")[:12]]
+    boxes = page.count('class="card"') * 2 + sum(p["predicted"] is not None for p in found)
+    assert page.count('class="card"') == 24 and page.count("<rect") == boxes + 2 + len(STAGES)  # and the legend
+
+
+def test_a_card_has_every_stage_and_is_escaped(tmp_path):
+    rows = to_dataset([dict(expression="<b>plane</b>", image=Image.new("RGB", (640, 320)), width=640, height=320, box=[0, 0, 10, 10])])
+    for stage, box in zip(STAGES, (None, [0, 0, 9, 9], [0, 0, 10, 10])):
+        answer = "" if box is None else f"<think>{stage} <i></think><answer>[0, 0, 9, 9]</answer>"
+        write_predictions([dict(answer=answer, predicted=box, reason="empty", iou=0.5)], tmp_path / f"{stage}_test.jsonl")
+    card, = gallery(tmp_path, rows, "test")
+    assert [a["predicted"] for a in card["answers"]] == [None, [0, 0, 9, 9], [0, 0, 10, 10]] and card["thought"] == "GRPO <i>"
+    assert (card["width"], card["height"]) == (640, 320) and card["picture"].startswith("data:image/png;base64,")
 
 
 def test_stages_say_what_was_shipped_and_what_was_trained_just_now(smoke_run):
-    size, rows = get_scale("smoke"), pd.read_csv(smoke_run / "stages.csv").set_index("stage")
+    size, rows = get_scale("smoke"), pd.read_csv(smoke_run / "stages.csv").query("split == 'test'").set_index("stage")
     told = {name: (rows.start[name], rows.steps[name]) for name in ("base", "CoT-SFT", "GRPO")}
     assert told == {"base": ("tiny", 0), "CoT-SFT": ("tiny-sft", size.sft_steps), "GRPO": ("CoT-SFT", size.grpo_steps)}
     page = (smoke_run / "report.html").read_text()
@@ -92,13 +130,13 @@ def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
     assert list(table.expression_id) == splits["train"]["expression_id"][:]
     assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
     assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
-    assert chain_stage("scenes", "smoke", 0, smoke_run) == smoke_run / "chains"
+    assert Run(smoke_run).chains == smoke_run / "chains"
 
 
 def test_the_report_stands_alone_and_names_every_chapter(smoke_run):
     page = (smoke_run / "report.html").read_text()
     for name in COURSE: assert f"notebooks/{name}.ipynb" in page and title_of(name)[0] in page
-    assert len(re.findall(r'<img src="data:image/png;base64,', page)) == page.count("<img") >= 8 + 3
+    assert len(re.findall(r'<img src="data:image/png;base64,', page)) == page.count("<img") >= 2 * 8 + 4
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
 
 

@@ -80,7 +80,7 @@ def test_two_processes_give_the_sft_weights_of_one(chains, tmp_path):
     for count in (1, 2):
         folder = tmp_path / str(count)
         (folder / "trainer").mkdir(parents=True)
-        on_processes(count, train_sft, "scenes", replace(SMALL, lora_rank=0, processes=count), 0, chains, folder)
+        on_processes(count, train_sft, load_data("scenes", SMALL, 0)[0]["train"], chains, replace(SMALL, lora_rank=0, processes=count), 0, folder)
     one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in "12")
     logs = [pd.read_csv(tmp_path / count / "log.csv") for count in "12"]
     assert one.keys() == two.keys() and all(torch.allclose(one[n], two[n], atol=2e-5) for n in one)

@@ -16,11 +16,12 @@ import rsground_nb.train
 from kill_training import Start, differences
 from rsground_nb.data import load_data
 from rsground_nb.model import codec_of, load_vlm
-from rsground_nb.safeguard import Safeguard, check_folder, checkpoints, last_checkpoint, train_and_save
+from rsground_nb.safeguard import Safeguard, checkpoints, last_checkpoint, train_and_save
 from rsground_nb.scale import get_scale, start
-from rsground_nb.sft import sft_stage, sft_trainer
+from rsground_nb.sft import sft_trainer
+from rsground_nb.steps import Run, check_folder
 from rsground_nb.synthesis import synthesise
-from rsground_nb.train import grpo_stage, train_grpo, watched
+from rsground_nb.train import train_grpo, watched
 
 SIZE = replace(get_scale("smoke"), num_train=24, num_val=2, num_test=2, lora_rank=8, sft_from=None, sft_steps=8, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=7, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, temperature=2.0, max_completion_length=12, rows_per_pass=4)
 
@@ -30,14 +31,15 @@ def iou_reward(completions, **columns): return [len(set(answer[0]["content"])) /
 
 def train(stage, folder, size=SIZE, seed=0, reward=iou_reward):
     """A short training of a stage, without the stages before it. An epoch is six steps."""
+    rows = load_data("scenes", size, 0)[0]["train"]
     if stage == "grpo":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rsground_nb.train, "make_rewards", lambda codec: [reward])
             patch.setattr(rsground_nb.train, "REWARD_WEIGHTS", [1.0])
-            return train_grpo("tiny", "scenes", size, 0, seed, folder)
+            return train_grpo(rows, "tiny", size, seed, folder)
     start(seed)
     model, processor = load_vlm("tiny")
-    chains, _ = synthesise(load_data("scenes", size, 0)[0]["train"], codec_of(model.config.model_type, processor))
+    chains, _ = synthesise(rows, codec_of(model.config.model_type, processor))
     train_and_save(sft_trainer(model, processor, chains, size, seed, folder / "trainer", **checkpoints(size.sft_steps)), processor, folder, seed=seed)
 
 
@@ -173,9 +175,13 @@ def test_a_full_disk(tmp_path, whole, capsys, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     """A file stands where the folder should be: that stops root too."""
-    for stage, call in (("sft", sft_stage), ("grpo", grpo_stage)):
+    for stage in ("sft", "grpo"):
         (tmp_path / stage).write_text("")
-        with pytest.raises(ValueError, match=f"a training cannot write to .*{stage}.trainer .*: mend or remove what is there"): call("scenes", "smoke", 0, tmp_path)
+        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage} .*: mend or remove what is there"): getattr(Run(tmp_path), stage)
+        (tmp_path / stage).unlink()
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "trainer").write_text("")
+        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage}.trainer .*: mend or remove what is there"): getattr(Run(tmp_path), stage)
     def full(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", full)

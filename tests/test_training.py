@@ -2,6 +2,8 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from conftest import ROOT
 
+import rsground_nb.steps
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
 from rsground_nb.grpo import SpatialGRPOConfig
@@ -19,6 +22,7 @@ from rsground_nb.train import grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
+from rsground_nb.steps import Run
 from rsground_nb.synthesis import synthesise
 
 SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=8, lora_rank=64, sft_steps=3, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=2, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, max_completion_length=24, rows_per_pass=8)
@@ -103,16 +107,45 @@ def test_a_process_that_fails_is_not_passed_over(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before  # else Ctrl-C would not be Ctrl-C any more
 
 
-@pytest.mark.parametrize("notebook, stage", [("06_sft", "sft"), ("reference/train", "grpo")])
-def test_in_a_notebook_other_processes_get_the_function_of_the_module(notebook, stage, tmp_path):
+@pytest.mark.parametrize("module, stage", [("sft", "sft"), ("train", "grpo")])
+def test_in_a_notebook_other_processes_get_the_function_of_the_module(module, stage, tmp_path):
     """What a notebook defines belongs to `__main__`, where a started process does not find it."""
     page = {"__name__": "__main__"}
-    for cell in nbformat.read(ROOT / "nbs" / f"{notebook}.ipynb", 4).cells:
+    for cell in nbformat.read(ROOT / "nbs" / "reference" / "steps.ipynb", 4).cells:
         if cell.source.startswith("#| export"): exec(cell.source, page)
-    given, run = [], page[f"{stage}_stage"]
-    page |= dict(sft_stage=lambda *stage: tmp_path, chain_stage=lambda *stage: tmp_path)
-    page |= dict(on_processes=lambda count, work, *rest: given.append((count, work)))
-    run("scenes", "workshop", 0, tmp_path)
-    (count, work), = given
-    assert page[f"train_{stage}"].__module__ == "__main__" and count > 1
-    assert pickle.loads(pickle.dumps(work)).__module__ == f"rsground_nb.{notebook.split('_')[1]}"
+    given, run = [], page["Run"](tmp_path, "scenes", replace(get_scale("workshop"), num_train=4, num_val=2, num_test=2), 0)
+    assert type(run).__module__ == "__main__"
+    page |= dict(on_processes=lambda count, work, *rest: given.append((count, pickle.loads(pickle.dumps((work, *rest))))))
+    getattr(run, stage)
+    count, (work, rows, start, size, seed, folder) = given[-1]
+    assert work.__module__ == f"rsground_nb.{module}" and work.__name__ == f"train_{stage}" and count == size.processes > 1
+    assert rows[:] == run.rows["train"][:] and folder == tmp_path / stage and start == (run.chains if stage == "sft" else run.sft)
+
+
+def test_a_step_is_made_once_and_asks_for_what_it_needs(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(rsground_nb.steps, "on_processes", lambda count, work, rows, start, size, seed, folder: order.append((folder.name, start)))
+    for _ in range(2):
+        run = Run(tmp_path, "scenes", SMALL)
+        assert (run.grpo, run.sft) == (tmp_path / "grpo" / "model", tmp_path / "sft" / "model")
+    assert order == [("sft", tmp_path / "chains"), ("grpo", tmp_path / "sft" / "model")]
+    for other in (Run(tmp_path, "scenes", SMALL, 1), Run(tmp_path, "elsewhere", SMALL), Run(tmp_path, "scenes", replace(SMALL, grpo_steps=3))):
+        with pytest.raises(ValueError, match="holds another run"): other.grpo
+
+
+def test_a_step_that_fails_is_not_finished_and_keeps_its_checkpoints(tmp_path):
+    def stop(folder):
+        (folder / "trainer").mkdir()
+        raise RuntimeError("stopped")
+    with pytest.raises(RuntimeError, match="stopped"): Run(tmp_path).made("sft", stop)
+    assert not (tmp_path / "sft" / "made_by.json").exists() and (tmp_path / "sft" / "trainer").is_dir()
+    Run(tmp_path).made("sft", lambda folder: None)
+    assert (tmp_path / "sft" / "made_by.json").exists() and not (tmp_path / "sft" / "trainer").exists()
+
+
+def test_two_processes_do_not_make_the_same_step(tmp_path):
+    program = f"from rsground_nb.steps import Run; Run({str(tmp_path)!r}).made('sft', print)"
+    def second(folder): said.append(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr)
+    said = []
+    Run(tmp_path).made("sft", second)
+    assert "is in use by another process: wait until it ends" in said[0]
