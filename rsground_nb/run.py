@@ -33,7 +33,8 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/scale", "reference/exercises", "01_boxes", "reference/sentences", "02_scenes", "reference/files", "03_data",
     "reference/doctor", "reference/grammar", "reference/refer", "04_model", "deeper/pretrain", "05_cot",
     "reference/filters", "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
-    "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
+    "deeper/bandit", "08_consistency", "deeper/weightings", "deeper/rollouts", "reference/guards",
+    "09_grpo", "reference/train", "reference/launch",
     "10_evaluate", "reference/run"]
 COURSE = [name for name in ORDER if "/" not in name]
 

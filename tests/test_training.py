@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
-from rsground_nb.grpo import SpatialGRPOConfig
+from rsground_nb.guards import SpatialGRPOConfig
 from rsground_nb.train import grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
 from rsground_nb.scale import get_scale, start
