@@ -188,8 +188,8 @@ def load_model(
     if not name: raise ValueError('model_name_or_path is missing: "tiny", a local folder, or a hub name')
     if not model.use_peft and model.dtype != "float32":
         raise ValueError(f"dtype: {model.dtype} with use_peft: false would train weights of 16 bit, where "
-                         "most small steps are rounded to nothing: take dtype: float32 (bf16: true stays), or "
-                         "use_peft: true")
+                         "most small steps are rounded to nothing: take dtype: float32 (bf16: true stays) "
+                         "or use_peft: true")
     how = dict(dtype=model.dtype, attn_implementation=model.attn_implementation, **more)
     try: vlm, processor = load_vlm(name, data.max_pixels, **how)
     except OSError as e:
