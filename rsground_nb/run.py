@@ -36,8 +36,8 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/folders", "03_data", "reference/doctor", "reference/grammar", "reference/refer",
     "04_model", "deeper/pretrain", "05_cot", "reference/filters", "reference/chat", "reference/synthesis",
     "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency",
-    "deeper/rollouts", "09_grpo", "reference/train", "reference/launch", "10_evaluate",
-    "reference/scoring", "reference/steps", "reference/run"]
+    "deeper/weightings", "deeper/rollouts", "reference/guards", "09_grpo", "reference/train",
+    "reference/launch", "10_evaluate", "reference/scoring", "reference/steps", "reference/run"]
 COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:

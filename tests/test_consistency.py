@@ -9,13 +9,14 @@ from hypothesis import given, strategies as st
 from trl import GRPOConfig
 
 from rsground_nb.boxes import iou
-from rsground_nb.consistency import (agreement, answer_entropy, check_groups, clusters, consistency_weight, dispersion, group_statistics, group_table, has_box, lead_weight, medoid, pairwise_iou, paper_weight,
-                                     seed_weight, weight_explorer)
+from rsground_nb.consistency import agreement, consistency_weight, group_statistics, pairwise_iou
 from rsground_nb.data import to_dataset
 from rsground_nb.train import grpo_rows, grpo_trainer
 from rsground_nb.model import codec_of, load_tiny
 from rsground_nb.scale import SMOKE, start
 from rsground_nb.scenes import scene_records
+from rsground_nb.weightings import (answer_entropy, check_groups, clusters, dispersion, group_table, has_box, lead_weight,
+                                    medoid, paper_weight, seed_weight, weight_explorer)
 
 share = st.floats(0, 1, width=32)
 groups_of_8 = st.lists(share, min_size=8, max_size=8)

@@ -10,15 +10,16 @@ from hypothesis import given, settings, strategies as st
 from transformers import PrinterCallback
 
 from rsground_nb.boxes import iou
-from rsground_nb.consistency import lead_weight, seed_weight
 from rsground_nb.data import to_dataset
-from rsground_nb.grpo import SpatialGRPOConfig, SpatialGRPOTrainer
+from rsground_nb.grpo import SpatialGRPOTrainer
+from rsground_nb.guards import SpatialGRPOConfig
 from rsground_nb.model import adapt, codec_of, load_tiny, to_prompt
 from rsground_nb.rewards import make_rewards
 from rsground_nb.rollouts import by_group
 from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import start
 from rsground_nb.scenes import scene_records
+from rsground_nb.weightings import lead_weight, seed_weight
 
 G = 4
 ROWS = [dict(row, box=[30.0, 30, 60, 60]) for row in scene_records(6, 0)]

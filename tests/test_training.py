@@ -16,7 +16,7 @@ from conftest import ROOT
 import rsground_nb.steps
 from rsground_nb.data import load_data, to_dataset
 from rsground_nb.evaluate import predict, score
-from rsground_nb.grpo import SpatialGRPOConfig
+from rsground_nb.guards import SpatialGRPOConfig
 from rsground_nb.safeguard import on_processes
 from rsground_nb.train import grpo_rows, grpo_trainer, with_rivals
 from rsground_nb.model import codec_of, fingerprints, load_vlm
