@@ -43,10 +43,12 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from .boxes import GRID, Codec, between, iou, smart_resize
-from .cot import THOUGHT_SCHEMA, Draft, Thought, answer_of, from_json, render
+from .cot import Draft, Thought, answer_of, render
 from .data import Picture
 from .files import READ_ERRORS, image_bytes
-from .model import ASSETS, plain_text
+from .folders import ASSETS
+from .model import plain_text
+from .thoughts import THOUGHT_SCHEMA, from_json
 
 # %% ../nbs/reference/chat.ipynb #5b4f5b80
 TEMPLATE = ASSETS / "teacher.jinja"

@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .boxes import BOX, Codec, area, iou
-from .cot import Thought, fitting, outcomes, plain, plural, read_cue, solve, stated
+from .cot import Thought, fitting, plain, plural, solve, stated
+from .cues import outcomes, read_cue
 from .grammar import PLURALS, parse_expression
 
 # %% ../nbs/reference/filters.ipynb #1c900bbd

@@ -23,12 +23,13 @@ from datasets import Dataset
 
 from .boxes import Codec, completion_box, draw_boxes, iou
 from .chat import PROMPT_VERSION, Server, chat_drafts
-from .cot import RULE_VERSION, rule_drafts, to_json
+from .cot import RULE_VERSION, rule_drafts
 from .data import load_data, split_hash
 from .files import READ_ERRORS
 from .filters import CODES, find_faults, verdict
 from .model import plain_text, student_codec, to_prompt
 from .scale import finish_stage, get_scale, settings_of, stage_ready, write_whole
+from .thoughts import to_json
 
 # %% ../nbs/reference/synthesis.ipynb #c17d2663
 VERDICTS = {"ok": "kept", **CODES, "no_reply": "the teacher gave no text"}
