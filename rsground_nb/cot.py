@@ -273,7 +273,7 @@ def render(
     return f"<think>{' '.join(said)}</think><answer>{[*codec.encode(thought.box, width, height)]}</answer>"
 
 def rule_drafts(
-    rows: Dataset,  # chapter 03; images are not opened
+    rows: Dataset,  # chapter 3; images are not opened
     codec: Codec,   # of the student
     style: str = "short",
     places: str = "cells",

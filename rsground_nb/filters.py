@@ -64,7 +64,7 @@ def take_apart(
     text: str,  # one completion
 ) -> tuple:
     """(thought, tidied; box as written; faults no_thought and no_box); '' and None where they are missing.
-    Without these faults the format reward of chapter 07 pays."""
+    Without these faults the format reward of chapter 7 pays."""
     if not isinstance(text, str): text = ""
     found, cut, faults = THOUGHT.match(text), CUT_OFF.fullmatch(text), []
     thought = tidy((found or cut)[1]) if found or cut else ""
@@ -346,7 +346,7 @@ def thought_faults(
 
 def find_faults(
     text: str,    # one completion
-    row: dict,    # expression, box, width, height; category and objects if known (chapter 03)
+    row: dict,    # expression, box, width, height; category and objects if known (chapter 3)
     codec: Codec,  # of the student
     lowest_iou: float = 0.5,
     thought: Thought | None = None,  # that the text tells; None: free text, of which only the rest is judged
