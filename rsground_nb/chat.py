@@ -58,7 +58,7 @@ PROMPT_VERSION = "b92fa101"  # the first 8 digits of the template's SHA-256: a t
 def load_template() -> Template: return Template(TEMPLATE.read_text(encoding="utf-8"))
 
 def short(box) -> list:
-    "The box with one decimal, and none where it is whole."
+    "The box rounded to one decimal; whole numbers as int."
     return [int(v) if v == int(v) else v for v in (round(float(v), 1) for v in box)]
 
 def write_prompt(
@@ -66,8 +66,8 @@ def write_prompt(
     codec: Codec,  # of the student
     free_text: bool = False,
 ) -> str:
-    """What the teacher is told: sentence, true box and known objects in original pixels, the fields to fill.
-    For free text the true box in the student's numbers, and the sentences to write."""
+    """The prompt for the teacher: sentence, true box and known objects in original pixels, fields to fill.
+    For free text: the true box in the student's numbers, and the sentences to write."""
     box, width, height, objects = short(row["box"]), row["width"], row["height"], row.get("objects")
     if objects is not None:
         objects = plain_text(json.dumps([{**o, "box": short(o["box"])} for o in objects], ensure_ascii=False))
@@ -116,7 +116,7 @@ KINDS = ("json_schema", "json_object", "text")  # what a reply is asked to be, t
 
 @dataclass(frozen=True)
 class Server:
-    "An OpenAI-compatible server and how it is asked. Raises ValueError for what cannot work."
+    "An OpenAI-compatible server and how it is asked. Raises ValueError for settings that cannot work."
     url: str                         # up to and with /v1
     model: str                       # as the server calls it
     key_env: str = "OPENAI_API_KEY"  # the environment variable with the key; this one may be unset
@@ -151,12 +151,12 @@ class Server:
         return list({True: KINDS[:1], False: KINDS[-1:], None: KINDS}[self.structured])
 
     def manners(self) -> dict:
-        "What shapes its replies, without secrets: it is written down with them."
+        "The settings that shape its replies, without secrets; they are stored with the chains."
         names = ("max_tokens", "temperature", "seed", "structured", "free_text", "more")
         return {name: without_secrets(getattr(self, name)) for name in names}
 
     def key(self) -> str:
-        "The key of the moment; '' for none. Raises ValueError if key_env names nothing, or no key."
+        "The current key; '' for none. Raises ValueError if key_env names nothing, or no key."
         key = os.environ.get(self.key_env, "").strip()
         if not key and self.key_env != "OPENAI_API_KEY":  # it may be the key itself: it is not quoted
             raise ValueError("key_env is not the name of an environment variable that is set")
@@ -185,7 +185,7 @@ def plain_letters(text: str) -> str:
     return ESCAPED.sub(lambda found: found[0] if letter(found) in '"\\' else letter(found), text)
 
 def hide(text: str, key: str) -> str:
-    "The text with '…' for the key. Words of up to five letters, such as EMPTY, only stand for one."
+    "The text with '…' in place of the key. Keys of up to five letters, such as EMPTY, are placeholders."
     return text.replace(key, "…") if len(key) > 5 else text
 
 # %% ../nbs/reference/chat.ipynb #9449d4ee
@@ -305,7 +305,7 @@ async def receive(response: httpx2.Response) -> bytes:
     return bytes(content)
 
 class Client:
-    "Puts requests to one server from any thread; they run in an event loop of its own."
+    "Sends requests to one server from any thread, in an event loop of its own."
 
     def __init__(self, server: Server):
         self.server, self.key, self.loop, http = server, server.key(), asyncio.new_event_loop(), BoundedHttp()
@@ -322,7 +322,7 @@ class Client:
         return content.replace(self.key.encode(), "…".encode()) if len(self.key) > 5 else content
 
     def probe(self):
-        "Raises ValueError if nobody is at the address. Any answer will do, and silence once connected."
+        "Raises ValueError if the connection fails. Any answer will do, and so will silence once connected."
         options = {"max_retries": 0, "timeout": openai.Timeout(6, connect=5)}
         try: self.send(self.api.get, "/models", options=options)
         except openai.APIConnectionError as e:
@@ -344,7 +344,7 @@ def said_in(
     error,           # an error as servers write it: a text, or JSON
     depth: int = 4,  # so many levels are looked into
 ) -> str:
-    "Its words: those under error, message, detail or msg; of a list, the first three with their places."
+    "Its text: what is under error, message, detail or msg; of a list, the first three with their places."
     if isinstance(error, list) and depth: return "; ".join(said_in(e, depth - 1) for e in error[:3])
     if not isinstance(error, dict): return "…" if isinstance(error, list) else str(error)
     place, names = error.get("loc"), ("error", "message", "detail", "msg")
@@ -384,7 +384,7 @@ def read_completion(
     return text, f"{reason}: it wrote only reasoning" if any(thoughts) and not text else reason, usage
 
 def count_tokens(usage) -> int:
-    "What the server says it has used; 0 if it says nothing, or a number that cannot be."
+    "The number of tokens that the server reports; 0 if it reports none, or an impossible number."
     if not isinstance(usage, dict): return 0
     numbers = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
     sound = numbers[0] and all(type(n) in (int, float) and 0 <= n <= 1e9 for n in numbers)
@@ -566,7 +566,7 @@ def as_draft(
     server: Server,
     cached: bool,
 ) -> Draft:
-    "The draft made of a reply, with where it comes from; its trouble names the row and the field."
+    "The draft made from a reply, with its origin; `trouble` names the row and the field."
     details = dict(teacher=server.model, prompt_version=PROMPT_VERSION, **reply._asdict(), cached=cached)
     del details["text"]
     def trouble(why): return Draft(trouble=f"row {row.get('expression_id')!r}: {why}", details=details)
@@ -635,7 +635,7 @@ def chat_drafts(
     limit: int | None = None,   # new requests, after which no more is asked
 ) -> list:
     """One Draft a row, in order; `trouble` says why there is none. Run it again: no row is asked twice.
-    Raises ValueError if nobody is at the server's address, or the server refuses every row."""
+    Raises ValueError if there is no server at the address, or if it refuses every row."""
     client, store, meter = Client(server), ReplyCache(cache), Meter(budget, limit, server.max_failures)
     plain = rows.select_columns([c for c in FIELDS if c in rows.column_names])
     plain = plain.cast_column("image", Image(decode=False))
