@@ -181,12 +181,11 @@ def generate_answers(
     model.eval()
     prompts = [to_prompt(q, template) for q in questions]
     texts = [processor.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    pictures = [[image.convert("RGB")] for image in images]
     sampling = dict(temperature=1.0, top_k=0, top_p=1.0) if kwargs.get("do_sample") else dict(do_sample=False)
     settings = {"repetition_penalty": 1.0, **sampling, **kwargs}  # not what a hub model's own settings say
     answers = []
     for k in range(0, len(texts), batch_size):
-        asked, shown = texts[k:k + batch_size], pictures[k:k + batch_size]
+        asked, shown = texts[k:k + batch_size], [[i.convert("RGB")] for i in images[k:k + batch_size]]
         batch = processor(text=asked, images=shown, padding=True, return_tensors="pt").to(model.device)
         made = model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
         answers += processor.batch_decode(made[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
