@@ -46,7 +46,7 @@ from .boxes import GRID, Codec, between, iou, smart_resize
 from .cot import Draft, Thought, answer_of, render
 from .data import Picture
 from .files import READ_ERRORS, image_bytes
-from .folders import ASSETS
+from .loading import ASSETS
 from .model import plain_text
 from .thoughts import THOUGHT_SCHEMA, from_json
 

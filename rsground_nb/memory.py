@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .boxes import smart_resize
-from .folders import folder_and_kind
+from .loading import folder_and_kind
 from .model import adapt
 
 # %% ../nbs/reference/memory.ipynb #7ae10a2e

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3V
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .boxes import Codec
-from .folders import (SHIPPED, TEMPLATES, GroundingProcessor, folder_and_kind, load_processor,
+from .loading import (SHIPPED, TEMPLATES, GroundingProcessor, folder_and_kind, load_processor,
                                  load_weights)
 from .scenes import expressions, make_scene
 

@@ -31,7 +31,7 @@ from .scale import get_scale, locked, write_whole
 # %% ../nbs/reference/run.ipynb #8d58fddc
 ORDER = [  # every notebook, from the first to the last: a module imports those before it only
     "reference/scale", "reference/exercises", "01_boxes", "reference/sentences", "02_scenes", "reference/files", "03_data",
-    "reference/doctor", "reference/grammar", "reference/refer", "reference/folders", "04_model",
+    "reference/doctor", "reference/grammar", "reference/refer", "reference/loading", "04_model",
     "reference/memory", "deeper/pretrain", "reference/cues", "05_cot", "reference/thoughts", "reference/filters",
     "reference/chat", "reference/synthesis", "06_sft", "07_rewards", "deeper/rivals",
     "deeper/bandit", "08_consistency", "deeper/rollouts", "09_grpo", "reference/train", "reference/launch",
@@ -202,7 +202,7 @@ def write_report(
 ):
     "One self-contained HTML page about a run whose evaluation is there."
     import pandas as pd
-    from rsground_nb.folders import SHIPPED
+    from rsground_nb.loading import SHIPPED
     from rsground_nb.train import silent
     from rsground_nb.synthesis import as_data_url, fill_in
 
@@ -498,7 +498,7 @@ def spoken(found):
 
 def model_to_ask(name):
     "(model, processor, template) of `--model`. Raises ValueError if it cannot be read."
-    from rsground_nb.folders import SHIPPED
+    from rsground_nb.loading import SHIPPED
     from rsground_nb.model import DIRECT, REASON, load_vlm
     try: model, processor = load_vlm(name, None)
     except OSError:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2_5_VLCo
 
 from conftest import ROOT
 from rsground_nb.data import load_folder
-from rsground_nb.folders import SHIPPED, TEMPLATES, GroundingProcessor
+from rsground_nb.loading import SHIPPED, TEMPLATES, GroundingProcessor
 from rsground_nb.memory import kept_bytes, memory_plan, plan_for
 from rsground_nb.model import (CODEC_OF, adapt, codec_of, fingerprints, generate_answers, load_tiny, load_vlm,
                                make_tiny, save_tiny, student_codec)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rsground_nb.evaluate import question_row, read_questions
-from rsground_nb.folders import ASSETS, SHIPPED
+from rsground_nb.loading import ASSETS, SHIPPED
 from rsground_nb.model import load_tiny, load_vlm, student_codec
 from rsground_nb.refer import load_real_samples
 from rsground_nb.run import main
