@@ -15,7 +15,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .boxes import BOX, Codec, area, iou
-from .cot import Thought, fitting, outcomes, plain, plural, read_cue, solve, stated
+from .cot import Thought, fitting, plain, plural, solve, stated
+from .cues import outcomes, read_cue
 from .grammar import PLURALS, parse_expression
 
 # %% ../nbs/reference/filters.ipynb #1c900bbd
@@ -63,7 +64,7 @@ def take_apart(
     text: str,  # one completion
 ) -> tuple:
     """(thought, tidied; box as written; faults no_thought and no_box); '' and None where they are missing.
-    Without these faults the format reward of chapter 07 pays."""
+    Without these faults the format reward of chapter 7 pays."""
     if not isinstance(text, str): text = ""
     found, cut, faults = THOUGHT.match(text), CUT_OFF.fullmatch(text), []
     thought = tidy((found or cut)[1]) if found or cut else ""
@@ -345,7 +346,7 @@ def thought_faults(
 
 def find_faults(
     text: str,    # one completion
-    row: dict,    # expression, box, width, height; category and objects if known (chapter 03)
+    row: dict,    # expression, box, width, height; category and objects if known (chapter 3)
     codec: Codec,  # of the student
     lowest_iou: float = 0.5,
     thought: Thought | None = None,  # that the text tells; None: free text, of which only the rest is judged

@@ -30,7 +30,8 @@ from .boxes import Codec
 from .data import data_parts, load_data
 from .reading import plain_yaml, printable
 from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
-from .model import codec_of, load_vlm, lora_config, memory_plan, merged
+from .memory import memory_plan
+from .model import codec_of, load_vlm, lora_config, merged
 from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards
 from .scale import finish_stage, get_scale, locked, stage_ready, start
 from .safeguard import Safeguard, catch_up, last_checkpoint
@@ -146,7 +147,7 @@ def plan(
     side: int = 800,          # of the images, pixels
     answer_tokens: int = 256, # of a chain of thought; GRPO's rollouts have max_completion_length
 ) -> pd.Series:
-    """`memory_plan` of chapter 4 for one process, in GiB. Weights are counted whole, as without sharding;
+    """`memory_plan` for one process, in GiB. Weights are counted whole, as without sharding;
     vLLM's own memory is not counted."""
     grpo, per_pass = hasattr(training, "num_generations"), training.per_device_train_batch_size
     dtype = torch.bfloat16 if training.bf16 and not model.use_peft else getattr(torch, model.dtype)

@@ -34,7 +34,8 @@ ORDER = [  # every notebook, from the first to the last: a module imports those 
     "reference/scale", "reference/exercises", "reference/parsing", "01_boxes", "deeper/shapes",
     "reference/sentences", "reference/drawing", "02_scenes", "reference/reading", "reference/files",
     "reference/folders", "03_data", "reference/doctor", "reference/grammar", "reference/refer",
-    "04_model", "deeper/pretrain", "05_cot", "reference/filters", "reference/chat", "reference/synthesis",
+    "reference/loading", "04_model", "reference/memory", "deeper/pretrain", "reference/cues", "05_cot",
+    "reference/thoughts", "reference/filters", "reference/chat", "reference/synthesis",
     "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency",
     "deeper/weightings", "deeper/rollouts", "reference/guards", "09_grpo", "reference/train",
     "reference/launch", "10_evaluate", "reference/scoring", "reference/steps", "reference/run"]
@@ -257,7 +258,7 @@ def write_report(
 ):
     "The last step of a run: one self-contained HTML page about the steps before it."
     import pandas as pd
-    from rsground_nb.model import SHIPPED
+    from rsground_nb.loading import SHIPPED
     from rsground_nb.refer import load_real_samples
     from rsground_nb.steps import Run
     from rsground_nb.synthesis import as_data_url, fill_in
@@ -561,7 +562,8 @@ def spoken(found):
 
 def model_to_ask(name):
     "(model, processor, template) of `--model`. Raises ValueError if it cannot be read."
-    from rsground_nb.model import DIRECT, REASON, SHIPPED, load_vlm
+    from rsground_nb.loading import SHIPPED
+    from rsground_nb.model import DIRECT, REASON, load_vlm
     try: model, processor = load_vlm(name, None)
     except OSError:
         raise ValueError(f"the model {name!r} cannot be read here: name {', '.join(SHIPPED)}, a folder, "

@@ -23,19 +23,21 @@ from datasets import Dataset
 
 from .boxes import Codec, completion_box, draw_boxes, iou
 from .chat import PROMPT_VERSION, Server, chat_drafts
-from .cot import RULE_VERSION, rule_drafts, to_json
+from .cot import RULE_VERSION, rule_drafts
 from .data import split_hash
 from .filters import CODES, find_faults, verdict
 from .model import plain_text, to_prompt
 from .reading import READ_ERRORS
 from .scale import finish_stage, stage_ready, write_whole
+from .thoughts import to_json
+
 
 # %% ../nbs/reference/synthesis.ipynb #c17d2663
 VERDICTS = {"ok": "kept", **CODES, "no_reply": "the teacher gave no text"}
 ASKED = ("expression_id", "image_id", "split", "expression", "box", "width", "height", "category")
 
 def judge(
-    rows: Dataset,          # chapter 03
+    rows: Dataset,          # chapter 3
     drafts: list,           # of Draft, one per row in the same order
     codec: Codec,           # of the student
     lowest_iou: float = 0.5,  # with the truth, in [0, 1]
@@ -74,7 +76,7 @@ def count_verdicts(
 ORIGIN = ("teacher", "prompt_version", "seed", "judged")
 
 def training_rows(
-    rows: Dataset,         # chapter 03
+    rows: Dataset,         # chapter 3
     table: pd.DataFrame,   # of `judge`: the same rows in the same order
 ) -> Dataset:
     """The kept rows: image, prompt and completion for TRL's trainers, then expression, box, width, height,
@@ -89,7 +91,7 @@ def training_rows(
     return made.select(np.flatnonzero(table.verdict == "ok"))  # last: a column copies a selection
 
 def synthesise(
-    rows: Dataset,            # chapter 03
+    rows: Dataset,            # chapter 3
     codec: Codec,             # of the student
     drafts: list | None = None,  # of Draft, one per row; None: the rule teacher writes them
     seed: int = 0,

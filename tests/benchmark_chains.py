@@ -20,7 +20,7 @@ from rsground_nb.cot import rule_drafts
 from rsground_nb.data import to_dataset
 from rsground_nb.filters import find_faults, verdict
 from rsground_nb.grammar import parse_expression
-from rsground_nb.model import ASSETS, load_processor
+from rsground_nb.loading import ASSETS, load_processor
 from rsground_nb.run import commit
 
 GRID = Codec("qwen3_vl")

@@ -14,7 +14,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from rsground_nb.model import adapt, kept_bytes, memory_plan
+from rsground_nb.memory import kept_bytes, memory_plan
+from rsground_nb.model import adapt
 
 HERE = Path(__file__).parent
 SIDE, PROMPT, COMPLETION = 224, 32, 32  # pixels, tokens

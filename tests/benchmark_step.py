@@ -32,7 +32,8 @@ from benchmark_learning import add_rows
 from benchmark_memory import shapes
 from rsground_nb.data import load_data
 from rsground_nb.guards import SpatialGRPOConfig
-from rsground_nb.model import SPECIAL, TEMPLATES, GroundingProcessor, adapt, codec_of, load_vlm, make_tokenizer
+from rsground_nb.loading import TEMPLATES, GroundingProcessor
+from rsground_nb.model import SPECIAL, adapt, codec_of, load_vlm, make_tokenizer
 from rsground_nb.rewards import REWARD_WEIGHTS, make_rewards
 from rsground_nb.rollouts import SharedPromptTrainer
 from rsground_nb.scale import get_scale, start

@@ -2,7 +2,8 @@
 from copy import deepcopy
 
 from rsground_nb.boxes import iou
-from rsground_nb.cot import Candidate, Cue, make_thought, outcomes, render
+from rsground_nb.cot import Candidate, Cue, make_thought, render
+from rsground_nb.cues import outcomes
 from rsground_nb.filters import find_faults, verdict
 
 PLANTED = ("ok", "no_thought", "no_box", "outside", "wrong_frame", "wrong_box", "leak", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome", "wrong_decision")

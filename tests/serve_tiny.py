@@ -41,7 +41,7 @@ if __name__ == "__main__":
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    from rsground_nb.model import ASSETS, load_processor
+    from rsground_nb.loading import ASSETS, load_processor
 
     AutoProcessor.from_pretrained = lambda folder, **_: load_processor(folder, 112 * 112)  # transformers' own needs torchvision
     build = server.build_server

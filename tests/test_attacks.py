@@ -24,8 +24,9 @@ from rsground_nb.boxes import Codec
 from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, split_hash, to_dataset
 from rsground_nb.files import read_rows
+from rsground_nb.loading import load_processor
+from rsground_nb.model import to_prompt
 from rsground_nb.reading import Defect, open_pickle, plain_yaml, printable, read_image
-from rsground_nb.model import load_processor, to_prompt
 from rsground_nb.run import COURSE, main, new_run, save_run
 from rsground_nb.scale import finish_stage, locked, stage_ready
 from rsground_nb.synthesis import fill_in, synthesise

@@ -6,7 +6,8 @@ import pytest
 
 from rsground_nb.boxes import Codec, parse_completion
 from rsground_nb.chat import FREE_SCHEMA, chat_drafts, make_question, make_request, read_thought
-from rsground_nb.cot import THOUGHT_SCHEMA, from_json, make_thought, render, to_json
+from rsground_nb.cot import make_thought, render
+from rsground_nb.thoughts import THOUGHT_SCHEMA, from_json, to_json
 from rsground_nb.data import to_dataset
 from rsground_nb.filters import find_faults
 from rsground_nb.run import main

@@ -12,12 +12,14 @@ from PIL import Image
 
 from rsground_nb import scenes
 from rsground_nb.boxes import Codec, iou, parse_completion
-from rsground_nb.cot import (PLACES, STYLES, THOUGHT_SCHEMA, Candidate, Cue, Draft, Step, Target, Thought, from_json, make_thought,
-                             outcomes, ranked, read_cue, render, rule_drafts, stated, to_json)
+from rsground_nb.cot import (PLACES, STYLES, Candidate, Cue, Draft, Step, Target, Thought, make_thought, render,
+                             rule_drafts, stated)
+from rsground_nb.cues import outcomes, ranked, read_cue
 from rsground_nb.data import load_folder, split_hash, to_dataset
 from rsground_nb.filters import find_faults
 from rsground_nb.grammar import hops, parse_expression
 from rsground_nb.scenes import STYLES as SCENES, scene_records
+from rsground_nb.thoughts import THOUGHT_SCHEMA, from_json, to_json
 
 PIXELS, GRID = Codec("qwen2_5_vl", max_pixels=112 * 112), Codec("qwen3_vl")
 

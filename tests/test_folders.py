@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
 from test_model import small_folder
-from rsground_nb.model import PROCESSOR_FILES, STOCK, adapt, load_processor, load_tiny, load_vlm, make_tiny, student_codec
+from rsground_nb.loading import PROCESSOR_FILES, STOCK, load_processor
+from rsground_nb.model import adapt, load_tiny, load_vlm, make_tiny, student_codec
 from rsground_nb.safeguard import save_stage
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]

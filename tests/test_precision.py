@@ -9,7 +9,8 @@ from peft import get_peft_model
 
 from rsground_nb.data import to_dataset
 from rsground_nb.guards import SpatialGRPOConfig
-from rsground_nb.model import adapt, check_moving, codec_of, load_tiny, load_vlm, memory_plan, merged, training_dtype
+from rsground_nb.memory import memory_plan
+from rsground_nb.model import adapt, check_moving, codec_of, load_tiny, load_vlm, merged, training_dtype
 from rsground_nb.run import main
 from rsground_nb.safeguard import Safeguard
 from rsground_nb.scale import get_scale, start

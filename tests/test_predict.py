@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsground_nb.model import ASSETS, SHIPPED, load_tiny, load_vlm, student_codec
+from rsground_nb.loading import ASSETS, SHIPPED
+from rsground_nb.model import load_tiny, load_vlm, student_codec
 from rsground_nb.refer import load_real_samples
 from rsground_nb.run import main
 from rsground_nb.scoring import question_row, read_questions

@@ -11,7 +11,8 @@ from PIL import Image
 from rsground_nb import scenes, synthesis
 from rsground_nb.boxes import Codec
 from rsground_nb.chat import Server
-from rsground_nb.cot import RULE_VERSION, Draft, from_json, rule_drafts, to_json
+from rsground_nb.cot import RULE_VERSION, Draft, rule_drafts
+from rsground_nb.thoughts import from_json, to_json
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.filters import CODES
 from rsground_nb.run import main
