@@ -27,7 +27,7 @@ class Scale:
     num_val: int
     num_test: int
     image_side: int             # side of a drawn scene
-    max_pixels: int             # larger images are shrunk to at most this many pixels
+    max_pixels: int             # larger images are shrunk to this area in pixels
     lora_rank: int              # 0: no LoRA, all weights of the language part are trained
     sft_steps: int
     sft_batch_size: int
@@ -39,8 +39,8 @@ class Scale:
     scale_rewards: str          # "group", "batch" or "none": whose spread divides advantages
     grpo_learning_rate: float
     max_completion_length: int  # tokens
-    rows_per_pass: int          # rows in one pass through the network; gradients of the passes are added up
-    processes: int = 1          # of a training on a CPU, one core each
+    rows_per_pass: int          # rows in one forward and backward pass; gradients of passes are summed
+    processes: int = 1          # for training on a CPU, one core each
     sft_from: str | None = None  # the model that CoT-SFT starts from; None: `model`
 
 # %% ../nbs/reference/scale.ipynb #df2007ab
@@ -66,7 +66,7 @@ SCALES = {s.name: s for s in (SMOKE, WORKSHOP, GPU)}
 def get_scale(
     name: str,  # smoke, workshop or gpu
 ) -> Scale:
-    "The sizes behind a name. Raises ValueError with the known names for any other."
+    "The sizes of a named scale. Raises ValueError, listing the known names, for any other."
     if name not in SCALES:
         raise ValueError(f"unknown scale {name!r}: use one of {', '.join(SCALES)}")
     return SCALES[name]
@@ -93,23 +93,25 @@ def start(
 # %% ../nbs/reference/scale.ipynb #740ff8ab
 def stage_ready(
     folder: str | Path,  # the stage's own folder, for instance runs/lesson/sft
-    **settings,          # what its content depends on, for instance data, seed and all sizes
+    **settings,          # what its content depends on, such as data, seed and all sizes
 ) -> bool:
-    "True if `folder` holds a finished stage made with these settings. Raises ValueError if it was made with others."
-    slip = Path(folder) / "made_by.json"
-    if not slip.exists(): return False
-    try: found = dict(json.loads(slip.read_text(encoding="utf-8")))
+    """True if `folder` holds a finished stage made with these settings. Raises ValueError if it was made with
+    others."""
+    marker = Path(folder) / "made_by.json"
+    if not marker.exists(): return False
+    try: found = dict(json.loads(marker.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{slip} is damaged ({e}): remove the folder, or choose another `out`") from None
+        raise ValueError(f"{marker} is damaged ({e}): remove the folder, or choose another `out`") from None
     differ = [k for k in settings if found.get(k) != settings[k]]
     if differ:
         was, now = (", ".join(f"{k}={d.get(k)!r}" for k in differ) for d in (found, settings))
-        raise ValueError(f"{folder} holds another run ({was}; this one has {now}): choose another `out` or remove the folder")
+        raise ValueError(f"{folder} holds another run ({was}; this one has {now}): choose another `out` or "
+                         "remove the folder")
     return True
 
 # %% ../nbs/reference/scale.ipynb #a539f073
 def write_whole(path: str | Path, text: str):
-    "Write a file in one go: a reader finds the old text or the new one. Raises OSError naming the file."
+    "Write a file atomically: a reader finds the old text or the new one. Raises OSError naming the file."
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="")
@@ -120,9 +122,9 @@ def write_whole(path: str | Path, text: str):
 # %% ../nbs/reference/scale.ipynb #b06412e8
 def finish_stage(
     folder: str | Path,  # the stage's own folder; made if missing
-    **settings,          # the same settings that `stage_ready` will be asked about
+    **settings,          # the settings that `stage_ready` will compare
 ):
-    "Leave the slip that marks a stage as finished. Write it last: an interrupted stage has none."
+    "Write the file that marks a stage as finished. Call it last: an interrupted stage has no such file."
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / "made_by.json", json.dumps(settings, indent=1))
 
@@ -131,7 +133,7 @@ def finish_stage(
 def locked(
     folder: str | Path,  # of a run
 ):
-    "While the block lasts, the folder is this process's. Raises ValueError if another one holds it."
+    "Lock the folder for this process during the block. Raises ValueError if another process holds the lock."
     lock = FileLock(Path(folder) / ".lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise ValueError(f"{folder} is in use by another process: wait until it ends") from None
@@ -143,7 +145,7 @@ def verdict(
     answer,    # None: not answered yet
     is_right,  # function of the answer; an error in it counts as wrong
 ) -> str:
-    "`right`, `wrong`, `wrong: …` with the error that the answer caused, or `not answered yet`."
+    "`right`, `wrong`, `wrong: …` with the error that the answer raised, or `not answered yet`."
     if answer is None: return "not answered yet"
     try: return "right" if is_right(answer) else "wrong"
     except Exception as problem: return f"wrong: {type(problem).__name__}: {problem}"

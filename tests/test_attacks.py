@@ -339,7 +339,7 @@ def test_a_damaged_run_is_named_and_does_not_stand_in_the_way(begun, capsys, tex
     os.utime(begun / "run.json", (1, 1))  # so that the other one is looked at first
     assert main(["run", "--resume"]) == 0
     out, err = capsys.readouterr()
-    assert "other/run.json is damaged" in err and "passed over" in err and f"chapters of {begun}" in out
+    assert "other/run.json is damaged" in err and "skipped" in err and f"chapters of {begun}" in out
     assert main(["run", "--resume", "--out", str(other)]) == 2 and "is damaged" in capsys.readouterr().err
     assert (other / "run.json").read_text() == text
 

@@ -121,7 +121,7 @@ def test_a_stage_that_loses_is_told_in_red():
     table = stage_table(stages, get_scale("workshop"), split="test", hash="x")
     assert table.start.tolist()[1:] == ["tiny", "tiny", "CoT-SFT"] and table.steps.tolist()[1:] == [0, 700, 120]
     (said,) = setbacks(table)
-    assert said.startswith("CoT-SFT ends below the stage before it: mean IoU -0.333")
+    assert said.startswith("CoT-SFT is worse than the stage before it: mean IoU -0.333")
 
 
 def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):

@@ -177,11 +177,11 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     """A file stands where the folder should be: that stops root too."""
     for stage in ("sft", "grpo"):
         (tmp_path / stage).write_text("")
-        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage} .*: mend or remove what is there"): getattr(Run(tmp_path), stage)
+        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage} .*: repair or remove what is there"): getattr(Run(tmp_path), stage)
         (tmp_path / stage).unlink()
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "trainer").write_text("")
-        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage}.trainer .*: mend or remove what is there"): getattr(Run(tmp_path), stage)
+        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage}.trainer .*: repair or remove what is there"): getattr(Run(tmp_path), stage)
     def full(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", full)
