@@ -24,21 +24,21 @@ def _setting(default, text): return field(default=default, metadata={"help": tex
 @dataclass
 class SpatialGRPOConfig(GRPOConfig):
     """GRPOConfig with the consistency weight of the paper, section 3.4 [2nd], and guards [ours].
-    `consistency=False` is plain GRPO. Raises ValueError for settings that contradict each other."""
+    `consistency=False` gives plain GRPO. Raises ValueError for contradictory settings."""
     consistency: bool = _setting(True, "Weight each question's loss by its rollouts.")
     weighting: str = _setting("paper", "Which weight: paper, lead (GRPO-LEAD's for good answers, here for "
                                        "all) or seed (SEED-GRPO).")
     weight_scope: str = _setting("advantages", "What is scaled: `advantages`, or the `loss` with its KL. "
-                                               "The same where there is no KL term.")
-    lambda_mean: float = _setting(1.2, "Of the paper's weight: factor of 1 - mean IoU in the exponent.")
-    lambda_var: float = _setting(1.0, "Of the paper's weight: factor of the variance of IoU in the exponent.")
+                                               "Both are the same without a KL term.")
+    lambda_mean: float = _setting(1.2, "Paper's weight: factor of 1 - mean IoU in the exponent.")
+    lambda_var: float = _setting(1.0, "Paper's weight: factor of the variance of IoU in the exponent.")
     lowest_weight: float = _setting(0.5, "Lower limit of the paper's weight.")
     highest_weight: float = _setting(3.0, "Upper limit of the paper's weight.")
     share_prompt: bool = _setting(True, "Compute prompt and image once per group instead of once per "
                                         "rollout. False is TRL's own way; from Python also some of "
                                         "('image', 'prefill', 'loss').")
-    patience_without_signal: int = _setting(100, "Stop after so many steps in a row in which no group "
-                                                 "had two different rewards; 0: never.")
+    patience_without_signal: int = _setting(100, "Stop after this many consecutive steps in which no "
+                                                 "group had two different rewards; 0: never.")
     highest_truncated: float = _setting(1.0, "Stop if more than this share of a step's completions "
                                              "was cut at max_completion_length; 1: never.")
     check_gradients: bool = _setting(True, "Stop if the first step leaves a trainable parameter without "
@@ -53,8 +53,8 @@ class SpatialGRPOConfig(GRPOConfig):
             raise ValueError("patience_without_signal counts steps and highest_truncated is a share: not "
                              f"{self.patience_without_signal} and {self.highest_truncated}")
         if self.use_transformers_continuous_batching and (self.bf16 or self.fp16):
-            raise ValueError("use_transformers_continuous_batching turns the weights themselves into 16 bit, "
-                             "where small steps are rounded to nothing: leave it out")
+            raise ValueError("use_transformers_continuous_batching converts the weights themselves to 16 "
+                             "bit, in which small steps are rounded away: leave it out")
         if self.consistency and self.beta != 0 and self.weight_scope == "advantages":
             raise ValueError("scaled advantages are a weight that leaves a KL term (beta != 0) unweighted: "
                              "set weight_scope='loss', beta=0 or consistency=False")
@@ -75,7 +75,7 @@ def check_image_tokens(trainer):
     its image (Qwen-VL models). Rows of text alone pass."""
     row = next(iter(trainer.train_dataset or []), {})
     images = row.get("images") or [image for image in [row.get("image")] if image is not None]
-    if not images or isinstance(row["prompt"], str): return  # TRL itself refuses an image beside a plain text
+    if not images or isinstance(row["prompt"], str): return  # TRL itself refuses an image with a plain-text prompt
     prompt = prepare_multimodal_messages(row["prompt"], images=images)
     ids, _, fields = GRPOTrainer._tokenize_prompts(trainer, [prompt])
     if "image_grid_thw" not in fields: return
@@ -85,13 +85,13 @@ def check_image_tokens(trainer):
     features = int(torch.as_tensor(fields["image_grid_thw"]).prod(1).sum()) // merged
     if tokens != features:
         raise ValueError(f"the first training row's prompt has {tokens} image tokens "
-                         f"(id {config.image_token_id}), its picture makes {features} features: take the "
+                         f"(id {config.image_token_id}), its picture makes {features} features: use the "
                          "processor and the chat template that belong to the model, and shrink the picture "
                          "(max_pixels) instead of cutting the prompt")
 
 def check_gradients(trainer):
     """Raises RuntimeError, naming them, if trainable parameters got no gradient in any process. A gradient of
-    zeros counts as one: LoRA's A has it in its first step."""
+    zeros counts as a gradient: LoRA's A has one in its first step."""
     named = trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters()
     named = [(name, p) for name, p in named if p.requires_grad]
     none = torch.tensor([[p.grad is None for _, p in named]], device=trainer.accelerator.device)
@@ -100,15 +100,15 @@ def check_gradients(trainer):
     if names:
         first = ", ".join(names[:5]) + (", …" if names[5:] else "")
         raise RuntimeError(f"step {trainer.state.global_step + 1}: no gradient reached {len(names)} of "
-                           f"{len(named)} trainable parameters ({first}): they take no part in the answers. "
+                           f"{len(named)} trainable parameters ({first}): the answers do not depend on them. "
                            "Freeze them, or leave them out of LoRA's target_modules; check_gradients=False "
                            "if they are experts that this step did not choose")
 
 # %% ../nbs/reference/guards.ipynb #dc897985
 class GuardedTrainer(SharedPromptTrainer):
-    """TRL's GRPO that stops where a run cannot learn, naming the step and what to do: ValueError when it is
-    made, RuntimeError during training. DeepSpeed and FSDP keep gradients elsewhere: with them a missing
-    gradient is not noticed."""
+    """TRL's GRPO that stops when a run cannot learn, and says at which step and what to do: ValueError when
+    it is made, RuntimeError during training. DeepSpeed and FSDP keep gradients elsewhere, so a missing gradient
+    is not detected there."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -134,7 +134,7 @@ class GuardedTrainer(SharedPromptTrainer):
                                "different rewards, so there was nothing to learn from. Read some completions "
                                "(log_completions=True), raise temperature or num_generations, ask other "
                                "questions, or start from a model that answers in the right form; "
-                               "patience_without_signal=0 goes on regardless")
+                               "patience_without_signal=0 continues regardless")
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)

@@ -20,7 +20,7 @@ def kept_bytes(
     run,    # a function without arguments that runs a forward pass
     model,  # its parameters are not counted
 ) -> int:
-    "Bytes of all tensors that autograd keeps while `run()` runs, each storage once."
+    "Bytes of all tensors that autograd keeps while `run()` runs; each storage counts once."
     kept, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -32,18 +32,18 @@ def kept_bytes(
 # %% ../nbs/reference/memory.ipynb #edd8dd15
 def memory_plan(
     config,                         # of a Qwen-VL model
-    rank: int = 64,                 # of LoRA; 0: every weight of the language part moves
+    rank: int = 64,                 # of LoRA; 0: all weights of the language part are trained
     num_generations: int = 8,       # rollouts written at the same time
     rows_per_pass: int = 1,         # rollouts in one forward and backward pass
     width: int = 800, height: int = 800,  # of the images, original pixels
     max_pixels: int = 1024 * 1024,
     prompt_tokens: int = 64,        # text, without the image
     completion_tokens: int = 256,
-    dtype: torch.dtype = torch.bfloat16,  # of frozen weights and computation; what moves is float32
-    checkpointing: bool = True,     # keep only the input of each layer and compute the rest again
+    dtype: torch.dtype = torch.bfloat16,  # of frozen weights and computation; trained weights are float32
+    checkpointing: bool = True,     # keep only the input of each layer and recompute the rest
 ) -> pd.Series:
     """GiB of one GRPO step on one device, part by part.
-    Batches in flight, buffers of libraries and fragmentation come on top."""
+    Batches in transfer, buffers of libraries and fragmentation are not included."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     text, vision, size = config.text_config, config.vision_config, dtype.itemsize

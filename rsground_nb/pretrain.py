@@ -35,8 +35,8 @@ PLAIN = Style(sizes=(0.10, 0.40), objects=(1, 6))  # objects of 10 to 40 % of th
 CATEGORIES, COLOUR_NAMES = (None, *SHAPES), (None, *COLOURS)
 
 class Bank(NamedTuple):
-    """Pictures, ready for the tower. A cell is what one visual token covers; objects count from 1, 0 is the
-    ground."""
+    """Pictures, ready for the vision tower. A cell is the area of one visual token; objects are numbered from
+    1, and 0 is the ground."""
     objects: list          # per scene: [(category, colour or None, box)], boxes (4,) as shares of the side
     pixels: torch.Tensor   # (scenes, rows, columns, 3, p, p), 16 bit: the processor's patches of p px
     owner: torch.Tensor    # (scenes, rows, columns): the object that covers most of a cell
@@ -178,16 +178,16 @@ def draw_views(bank, count, rng, device):
 
 # %% ../nbs/deeper/pretrain.ipynb #380a97eb
 class EyeTest(nn.Module):
-    """What a vector must tell about its object: category, colour, and the four edges of the box, as numbers
-    and as one of `strips` strips."""
+    """Linear heads that read an object from a vector: category, colour, and the four edges of the box, as
+    numbers and as one of `strips` strips."""
     def __init__(self, width, strips=32):
         super().__init__()
         self.category, self.colour = nn.Linear(width, len(CATEGORIES)), nn.Linear(width, len(COLOUR_NAMES))
         self.edges, self.strips = nn.Linear(width, 4), nn.Linear(width, 4 * strips)
 
     def forward(self, vectors, category, colour, box):
-        """(loss, numbers for the log) for vectors (n, width) and what `truth` says of them. Edges are asked
-        where there is an object."""
+        """(loss, numbers for the log) for vectors (n, width) and their `truth`. Edges count only where
+        there is an object."""
         seen, strips = category > 0, self.strips.out_features // 4
         mine, edges = vectors[seen], box[seen]
         distance = F.l1_loss(self.edges(mine), edges)
@@ -284,7 +284,7 @@ def ask_all(k, objects, rng):
         (f"{called(objects[i])} {box_text(objects[i][2])}", i) for i in order])
 
 def ask_echo(k, objects, rng):
-    "Six words to repeat, so that every word is alive before a chain of thought needs it."
+    "Six words to repeat, so that the model can write every word before a chain of thought needs it."
     words = " ".join(rng.choice(LEXICON, 6))
     return f"Repeat: {words}", [(words, -1)]
 
@@ -292,7 +292,7 @@ TASKS = {ask_name: 0.56, ask_point: 0.12, ask_what: 0.10, ask_where: 0.05, ask_l
          ask_echo: 0.04}  # how often
 
 def dialogues(objects, rng, budget=190):
-    """Random questions about one picture, until about `budget` tokens are spent:
+    """Random questions about one picture, up to about `budget` tokens:
     [(question, [(part of the answer, object or -1)])]."""
     found, tasks, chances = [], list(TASKS), np.array(list(TASKS.values())) / sum(TASKS.values())
     while True:
@@ -408,15 +408,15 @@ def level(vectors):
     return F.rms_norm(vectors, vectors.shape[-1:])
 
 def carry(layer, tokens):
-    """What the guided heads add to a word that looks at one visual token and at nothing else, for each of
-    `tokens` (n, width)."""
+    """What the guided heads add to a word that attends to one visual token only, for each of `tokens`
+    (n, width)."""
     attention = layer.self_attn
     size = len(GUIDED[1]) * attention.head_dim
     return F.linear(F.linear(layer.input_layernorm(tokens), attention.v_proj.weight[:size]),
                     attention.o_proj.weight[:, :size])
 
 def quieter(layer, share=0.3):
-    "Scale what the guided heads add, so that the words beside it are still heard."
+    "Scale down what the guided heads add, so that it does not drown out the words."
     with torch.no_grad():
         layer.self_attn.o_proj.weight[:, :len(GUIDED[1]) * layer.self_attn.head_dim] *= share
 
@@ -425,8 +425,8 @@ WEIGHTS = dict(words=0.5, look=1.0, hold=0.3, number=0.3)
 
 def losses(
     model, rows, views,
-    held: EyeTest,      # asks what the guided layer leaves behind
-    number: nn.Linear,  # asks the layer after it for the coordinate that is being written, in hundredths
+    held: EyeTest,      # applied to the output of the guided layer
+    number: nn.Linear,  # reads the coordinate that is being written, in hundredths, one layer later
 ):
     """Dict of losses for packed rows: words (nats per token of the answers), look (`look_loss` of the guided
     heads), hold (the eye test after the look), number (nats)."""
@@ -446,8 +446,8 @@ def losses(
 # %% ../nbs/deeper/pretrain.ipynb #0c2cc8de
 def run_steps(
     name: str,           # of the stage
-    trained: nn.Module,  # all that a checkpoint must hold
-    parameters: list,    # those that move
+    trained: nn.Module,  # everything that a checkpoint must hold
+    parameters: list,    # those that are trained
     loss_at,             # step -> (loss, numbers for the log)
     steps: int,
     out: Path,
@@ -455,8 +455,8 @@ def run_steps(
     log_every: int = 50,
     save_every: int = 500,
 ):
-    """AdamW with a warm-up of 50 steps and a cosine; goes on from `out/NAME.pt` if it is there. Each step
-    draws from its own seed, so a resumed run equals an uninterrupted one."""
+    """AdamW with a warm-up of 50 steps and a cosine schedule; continues from `out/NAME.pt` if that exists.
+    Each step draws from its own seed, so a resumed run equals an uninterrupted one."""
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps + 1)
     done, seconds, kept = 0, 0.0, out / f"{name}.pt"
@@ -485,7 +485,7 @@ def run_steps(
             kept.with_suffix(".partial").replace(kept)
 
 def save_log(out, row):
-    "One line more in pretrain.csv; lines of this stage from this step on are replaced."
+    "Add a line to pretrain.csv; lines of this stage from this step on are replaced."
     path, rows = out / "pretrain.csv", pd.DataFrame([row])
     if path.exists():
         old = pd.read_csv(path)
@@ -494,15 +494,15 @@ def save_log(out, row):
 
 def pretrain(
     out: str | Path,            # folder for checkpoints, pretrain.csv and the finished model
-    eye_steps: int = 4000,      # of 32 pictures
-    carry_steps: int = 1200,    # the same, and what the guided heads would carry
-    word_steps: int = 5000,     # of 8 pictures with about 6 questions each
+    eye_steps: int = 4000,      # with 32 pictures each
+    carry_steps: int = 1200,    # also train what the guided heads carry
+    word_steps: int = 5000,     # with 8 pictures and about 6 questions per picture
     seed: int = 0,
     num_scenes: int = 12000,
     photos: str | Path | None = None,  # folder of real pictures of planes: as many windows as scenes
     **often,                    # log_every, save_every: in steps
 ):
-    """Train a tiny model from random weights, eyes first. Goes on where an interrupted run with the same
+    """Train a tiny model from random weights, eyes first. Continues where an interrupted run with the same
     settings stopped. Saves to `out` and returns (model, processor)."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -564,7 +564,7 @@ def name_quiz(
     style: Style = Style(sizes=(0.10, 0.40), objects=(2, 6)),
 ) -> list:
     """`count` dicts: image, expression (a name that fits one object), box (pixels), things (all objects:
-    category, colour, box). Fresh scenes of 112 px."""
+    category, colour, box). New scenes of 112 px."""
     rng, found = np.random.default_rng([seed, 6]), []
     while len(found) < count:
         scene = make_scene(rng, style=style)

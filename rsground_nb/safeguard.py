@@ -32,18 +32,18 @@ def checkpoints(
 def last_checkpoint(
     folder: str | Path,  # where the trainer works
 ) -> Path | None:
-    "The last checkpoint that was written to its end."
+    "The last complete checkpoint."
     whole = [p.parent for p in Path(folder).glob("checkpoint-*/whole.json")]
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 # %% ../nbs/reference/safeguard.ipynb #5a0f0006
-NOT_FINITE = ("the gradient is not finite; the weights have been left as they were: lower the learning rate, "
-              "or look for inf and nan in what the loss is made of")
+NOT_FINITE = ("the gradient is not finite; the weights are unchanged: lower the learning rate, "
+              "or look for inf and nan in the inputs of the loss")
 
 class Safeguard(TrainerCallback):
-    """Marks whole checkpoints, with the minutes of training up to them. Raises FloatingPointError before a
-    step that would spoil the weights (under a GradScaler, which skips such a step, only at a scale of 1)."""
-    def __init__(self, minutes=0.0):  # up to the checkpoint that this piece starts from
+    """Marks complete checkpoints and stores the minutes of training so far. Raises FloatingPointError before
+    a step that would destroy the weights (under a GradScaler, which skips such a step, only at scale 1)."""
+    def __init__(self, minutes=0.0):  # up to the checkpoint that this call starts from
         self.minutes, self.began = minutes, time.time()
 
     def minutes_so_far(self): return self.minutes + (time.time() - self.began) / 60
@@ -55,7 +55,7 @@ class Safeguard(TrainerCallback):
         if not torch.nn.utils.get_total_norm(gradients).isfinite(): raise FloatingPointError(NOT_FINITE)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps: control.should_save = False  # nothing could go on from there
+        if state.global_step >= state.max_steps: control.should_save = False  # nothing could continue from there
 
     def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_initialized(): torch.distributed.barrier()
@@ -98,21 +98,21 @@ def catch_up(
 
 # %% ../nbs/reference/safeguard.ipynb #50ea0b77
 def told_stop(folder, trainer, problem) -> str:
-    "One sentence for an interrupted training: where it stopped, what is kept, how to go on."
+    "One sentence for an interrupted training: where it stopped, what is kept, how to continue."
     work, step, steps = folder / "trainer", trainer.state.global_step, trainer.args.max_steps
     kept, free = last_checkpoint(work), shutil.disk_usage(folder).free / 1e6
     full = "The disk is full. " if free < 1 else ""
     last = f"Step {kept.name.split('-')[1]}" if kept else "No step"
     return (f"{folder.name} stopped after step {step} of {steps}: {type(problem).__name__}: {problem}. {full}"
-            f"{last} is kept in {work}, where {free:,.0f} MB are free. With the cause mended, the same call "
-            "(or rsground run --resume) goes on from there")
+            f"{last} is kept in {work}, where {free:,.0f} MB are free. When the cause is fixed, the same "
+            "call (or rsground run --resume) continues from there")
 
 def train_and_save(
     trainer, processor,
     folder: Path,  # of the stage; the trainer works in `trainer` inside it
     **settings,    # what the training depends on
 ):
-    """Train, from the last whole checkpoint if there is one, then `save_stage`. Every process of a
+    """Train, from the last complete checkpoint if there is one, then `save_stage`. Every process of a
     distributed run calls it. Raises ValueError if the checkpoints belong to another training, RuntimeError
     that says where it stopped and what is kept."""
     work, before, first = folder / "trainer", fingerprints(trainer.model), trainer.is_world_process_zero()
@@ -141,7 +141,7 @@ def on_processes(
     work,        # function that can be imported; what it returns is lost if count > 1
     *given,      # its arguments
 ):
-    """Run `work(*given)` in `count` processes of this machine that can talk to each other, or right here if
+    """Run `work(*given)` in `count` processes of this machine that can communicate, or in this process if
     count is 1. Raises RuntimeError with the words of the process that failed first."""
     if count == 1: return work(*given)
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -151,7 +151,7 @@ def on_processes(
     config = LaunchConfig(1, 1, count, run_id="training", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           start_method="spawn", max_restarts=0)
     signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-    handlers = {s: signal.getsignal(s) for s in signals}  # PyTorch sets its own and leaves them
+    handlers = {s: signal.getsignal(s) for s in signals}  # PyTorch installs its own handlers and leaves them
     try: elastic_launch(config, work)(*given)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()

@@ -98,7 +98,7 @@ def rsthinker_iou(predicted, true, sides):
 
 # %% ../nbs/reference/scoring.ipynb #8900a487
 class Mode(NamedTuple):
-    "One way of scoring."
+    "One public scorer."
     ious: Callable     # (predicted, true, sides) -> (IoU, intersection, union)
     strict: bool       # a hit has IoU > threshold; otherwise >=
     thresholds: tuple  # that are reported
@@ -208,7 +208,7 @@ def strata(
     size = np.digitize(share, list(SIZE_GROUPS.values()))
     crowding = np.digitize(crowd, list(CROWDS.values()), right=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / sides
-    column, row = np.clip((3 * centres).astype(int), 0, 2).T  # as `region` of reference/grammar
+    column, row = np.clip((3 * centres).astype(int), 0, 2).T  # as `region` in reference/grammar
     types = [cue_types(e) for e in table.expression]
     return pd.DataFrame({**{("size", name): size == k for k, name in enumerate(SIZE_GROUPS)},
                          **{("cell", name): 3 * row + column == k for k, name in enumerate(CELLS)},
@@ -245,7 +245,7 @@ def plot_strata(
     table: pd.DataFrame,  # of `score_strata`
     metric: str = "Pr@0.5",
 ):
-    "A figure with one panel per stratum: each group with its interval; hollow where it is too small for one."
+    "A figure with one panel per stratum: each group with its interval; hollow if it is too small for one."
     figure = Figure(figsize=(12, 3.4), dpi=75)
     panels = figure.subplots(1, table.stratum.nunique(), sharex=True)
     for ax, (name, part) in zip(panels, table.groupby("stratum", sort=False)):
@@ -269,7 +269,7 @@ def once(pairs):
 READ = json.JSONDecoder(parse_constant=refuse, object_pairs_hook=once).decode
 
 def is_box(value):
-    "Is it a list of four finite numbers below 1e9?"
+    "Whether it is a list of four finite numbers below 1e9."
     if type(value) is not list or len(value) != 4: return False
     return all(type(v) in (int, float) and abs(v) < 1e9 for v in value)
 
@@ -290,7 +290,7 @@ def read_line(
         value = found.get(key)
         if value is None or is_box(value): continue
         raise ValueError(f"{key} is not four finite numbers [x1, y1, x2, y2]: {json.dumps(value)[:60]}")
-    found.pop("missing", None)  # set by check_predictions only
+    found.pop("missing", None)  # set only by check_predictions
     return found
 
 # %% ../nbs/reference/scoring.ipynb #e2c7350a
@@ -299,7 +299,7 @@ NO_TEXT = {b"PK\x03\x04": "a zip file: unpack it", b"\x1f\x8b": "packed with gzi
            b"\xff\xfe": "UTF-16: save it as UTF-8", b"\xfe\xff": "UTF-16: save it as UTF-8"}
 
 def read_content(path: str | Path) -> bytes:
-    "The bytes of a prediction file without byte order mark. Raises ValueError if it is no file, or no text."
+    "The bytes of a prediction file without byte order mark. Raises ValueError if it is not a text file."
     path = Path(path)
     if path.is_dir(): raise ValueError(f"{path} is a folder: name the prediction file in it")
     if not path.exists(): raise ValueError(f"there is no prediction file {path}")
@@ -335,7 +335,7 @@ def lines_or_items(path: str | Path) -> list:
 
 # %% ../nbs/reference/scoring.ipynb #c03b4c39
 def disagrees(found, image_id, box):
-    "What in a prediction contradicts the row of the data, or None."
+    "How a prediction contradicts its row of the data, or None."
     other = found.get("image_id")
     if other not in (None, image_id):
         return f"image_id is {other!r:.60}, in the data {image_id!r:.60}: made for other data?"
@@ -343,7 +343,7 @@ def disagrees(found, image_id, box):
         return f"box is {found['box']}, in the data {np.round(box, 2).tolist()}: made for other data?"
 
 def told_missing(missing, known):
-    "One sentence about the ids that no valid line answers."
+    "One sentence about the ids without a valid line."
     first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
     return f"{len(missing)} of {len(known)} ids of the data have no valid line: {first}"
 
@@ -441,7 +441,7 @@ def evaluate_file(
     rows: Dataset,       # the data that it answers (chapter 3)
     seed: int = 0,
     draws: int = 1000,
-    frame: str = "pixel",  # that the predictions are written in: see to_pixels
+    frame: str = "pixel",  # units of the predictions: see to_pixels
     **allow: bool,       # allow_missing, allow_duplicates, allow_unknown: see check_predictions
 ) -> tuple:
     """(modes, strata): the tables of `compare_modes` (with a column `missing`) and `score_strata`, with the

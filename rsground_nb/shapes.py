@@ -17,7 +17,7 @@ def turned_box(
     box,           # (x1, y1, x2, y2) before the turn, pixels
     angle: float,  # degrees, either direction
 ) -> tuple:
-    "The horizontal box around a box that is turned about its centre."
+    "The horizontal box around a box that was turned about its centre."
     c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
     w, h, x, y = box[2] - box[0], box[3] - box[1], box[0] + box[2], box[1] + box[3]
     wide, tall = w * c + h * s, w * s + h * c
@@ -35,14 +35,14 @@ def encode_mask(
 def mask_text(
     runs: dict,  # as pycocotools gives them: size, counts (bytes)
 ) -> str:
-    "The text of `encode_mask` from run lengths, without unpacking them."
+    "The text of `encode_mask`, from packed run lengths."
     return json.dumps({"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")})
 
 def run_lengths(
     counts: str,  # of `encode_mask`
 ) -> list:
     """How many pixels are off, on, off, ... A letter holds five bits, lowest first. From the fourth number
-    on, the text holds the difference from the number two before. Raises ValueError."""
+    on, the text holds the difference from the number two places before. Raises ValueError."""
     runs, value, shift = [], 0, 0
     for letter in counts:
         bits = ord(letter) - 48
@@ -75,13 +75,13 @@ def read_mask(
 def decode_mask(
     text: str,  # of `encode_mask`
 ) -> np.ndarray:
-    "(height, width) array of bool. Raises ValueError for a text that is no mask."
+    "(height, width) array of bool. Raises ValueError for a text that is not a mask."
     return coco_mask.decode(read_mask(text)).astype(bool)
 
 def mask_box(
     text: str,  # of `encode_mask`
 ) -> tuple | None:
-    "(x1, y1, x2, y2) around the mask in pixels, right and bottom edge included; None for an empty mask."
+    "(x1, y1, x2, y2) around the mask in pixels, outer edges of its pixels; None for an empty mask."
     runs = read_mask(text)
     if not coco_mask.area(runs): return None
     x, y, w, h = coco_mask.toBbox(runs).tolist()

@@ -34,9 +34,9 @@ def grpo_rows(
 
 def with_rivals(
     rows: Dataset,
-    least: int = 1,  # if fewer would be left, all rows are kept
+    least: int = 1,  # if fewer rows would be left, all are kept
 ) -> Dataset:
-    "The rows whose picture holds another object of the target's category, as far as the annotation says."
+    "The rows whose picture has another object of the target's category, according to the annotation."
     chosen = [k for k, (category, things) in enumerate(zip(rows["category"], rows["objects"]))
               if sum(o["category"] == category for o in things or []) > 1]
     return rows.select(chosen) if len(chosen) >= least else rows
@@ -45,8 +45,8 @@ def with_rivals(
 def watched(
     reward,  # a reward function in TRL's signature
 ):
-    """The same function. Raises ValueError for a nan or inf, RuntimeError if it fails; both name it.
-    None passes: it means "does not apply" to TRL."""
+    """The same function. Raises ValueError for nan or inf and RuntimeError if it fails; both name the
+    function. None passes: to TRL it means "does not apply"."""
     @functools.wraps(reward)
     def watching(completions, **columns):
         name = reward.__name__
@@ -76,7 +76,7 @@ def grpo_trainer(
     scale: Scale,
     seed: int,
     out: str | Path,   # working folder of the trainer
-    **kwargs,          # to SpatialGRPOConfig, over what is set here
+    **kwargs,          # for SpatialGRPOConfig; they override what is set here
 ) -> SpatialGRPOTrainer:
     "The trainer with the rewards of chapter 7; LoRA on the language part, or all of it if lora_rank is 0."
     gpu = torch.cuda.is_available()
