@@ -69,7 +69,7 @@ def ranked(
     lead: float,   # by which every value of the one must be smaller, or the order is not clear
     rank: int,     # 1: the first, -1: the last
 ) -> list:
-    "For each object: is it the one of that rank? True, False, or None if it is too close to say."
+    "For each object: does it have that rank? True, False, or None if it is too close to say."
     place = rank - 1 if rank > 0 else len(values) + rank
     def clear(a, b): return all(v - u > lead for u, v in zip(a, b))
     found = []
@@ -109,7 +109,7 @@ def outcomes(
         values, leads = zip(*(measures(what, box, size) for box in boxes))
         return ranked(values, leads[0], rank)
     if cue.kind != "relation" or not what or len(anchors) != 1: return [None] * len(boxes)
-    anchor = list(anchors[0])  # in 'the ship left of the largest ship' it is no candidate itself
+    anchor = list(anchors[0])  # in 'the ship left of the largest ship' it is not a candidate itself
     if what != "nearest": return [list(box) != anchor and stands(what, box, anchor, size) for box in boxes]
     away = [math.inf if list(box) == anchor else math.dist(centre(box), centre(anchor)) for box in boxes]
     return ranked([(d / max(size),) for d in away], MARGIN, 1)
@@ -124,13 +124,13 @@ def in_sequence(cue, things, size):
     return sorted(things, key=lambda o: measures(what, o["box"], size)[0])
 
 def likeliest(cue, things, size):
-    "The thing of the rank that a cue asks for, however small its lead."
+    "The thing with the rank that a cue asks for, however small its lead."
     what, rank = read_cue(cue.kind, cue.words)
     order = sorted(range(len(things)), key=lambda k: sum(measures(what, things[k]["box"], size)[0]))
     return order[rank - 1 if rank > 0 else rank]
 
 def holding(cue, things, anchors, size, goal):
-    "Which of the things a cue leaves; [] where the boxes cannot show it, or refute it for the goal."
+    "The things that a cue leaves; [] if the boxes cannot show it, or refute it for the goal."
     unclear = len(anchors) > 1 or any(a is None or a is goal for a in anchors)
     if unclear or not read_cue(cue.kind, cue.words)[0]: return []
     found = outcomes(cue, [o["box"] for o in things], [a["box"] for a in anchors], size)

@@ -97,7 +97,7 @@ COLOURS = {
     "black": (28, 28, 32)}
 GROUNDS = {
     "grass": (96, 122, 78), "soil": (140, 116, 90), "concrete": (128, 128, 126), "water": (58, 92, 112)}
-TONES = {"bright": (228, 228, 228), "dark": (32, 32, 32)}  # the only words for paint in a panchromatic scene
+TONES = {"bright": (228, 228, 228), "dark": (32, 32, 32)}  # the only colour words in a panchromatic scene
 RICH = (
     "plane", "ship", "vehicle", "storage tank", "bridge", "tennis court", "roundabout", "building", "helipad")
 OTHER_COLOURS = {
@@ -255,7 +255,7 @@ DETAIL_POINTS = {
     name: np.array([p for *_, points in parts for p in points]) for name, parts in DETAILS.items()}
 
 def draw_details(pen, thing, shades):
-    "Windows, lines, railings, ... of one object. A line too thin to be drawn gets fainter instead."
+    "Windows, lines, railings, ... of one object. A line too thin to draw is made fainter instead."
     placed = iter(fine(DETAIL_POINTS[thing.category] @ turn(thing.angle) * thing.length + thing.at))
     for paint, width, points in DETAILS[thing.category]:
         here = [next(placed) for _ in range(2 * len(points))]
@@ -274,7 +274,7 @@ def draw_cover(pen, kind, outline):
 
 # %% ../nbs/reference/drawing.ipynb #6c312fc3
 def through_sensor(image, grey, noise, rng):
-    "The image in grey if asked, with noise of pixels and, weaker, of whole columns."
+    "The image, in grey if requested, with noise per pixel and weaker noise per column."
     if grey: image = image.convert("L").convert("RGB")
     if not noise: return image
     n = image.width

@@ -82,18 +82,18 @@ def check_row(
     return odd
 
 # %% ../nbs/reference/files.ipynb #7d20c4b1
-FRAMES = {  # what `guess_frame` may say -> what the four numbers are
+FRAMES = {  # results of `guess_frame` -> what the four numbers are
     "shares": "shares of the sides (0 to 1)", "percent": "percent of the sides (0 to 100)",
     "thousandths": "thousandths of the sides (0 to 1000)", "xywh": "x, y, width, height",
     "corners": "x1, y1, x2, y2 in COCO's place for x, y, width, height"}
 FRAMED = ("jsonl", "coco", "dior_rsvg", "voc", "voc_turned", "rsvg_hr", "refgeo")  # boxes in pixels
-GRIDS = {"shares": 1, "percent": 100, "thousandths": 1000}  # a side counts as this many units
+GRIDS = {"shares": 1, "percent": 100, "thousandths": 1000}  # units per side
 
 def guess_frame(
     boxes,            # four numbers each, as they are written
     widths, heights,  # pixels of each box's image; None: not known
 ) -> str | None:
-    "The frame in which all boxes seem to be written, a key of FRAMES; None if they can be pixels."
+    "The frame in which all boxes seem to be written, a key of FRAMES; None if they may be pixels."
     if not len(boxes): return None
     boxes, sides = np.array(boxes, float), np.array([widths, heights], float).T
     start, end = boxes[:, :2], boxes[:, 2:]
@@ -114,7 +114,7 @@ def in_pixels(
     values: list, frame: str | None,       # a box or a polygon; a key of FRAMES, None: pixels
     width: int | None, height: int | None,
 ) -> list:
-    "The values in original pixels. Raises Defect if that needs the size of the image and it is not known."
+    "The values in original pixels. Raises Defect if the size of the image is needed and not known."
     if frame in GRIDS:
         if width is None:
             raise Defect("size", f"the size of the image is not known: {FRAMES[frame]} cannot become pixels")
@@ -134,7 +134,7 @@ def frame_findings(rows: list, findings: list, name: str, format: str) -> list:
     if format == "coco" and inside and (end > sides * 1.02).any(1).mean() >= 0.3: frame = "corners"
     else: frame = guess_frame(table[:, :4], table[:, 4], table[:, 5])
     if frame is None: return []
-    seem = f"the {len(boxes)} boxes look like {FRAMES[frame]}, not as {format} has them"
+    seem = f"the {len(boxes)} boxes look like {FRAMES[frame]}, unlike boxes of format {format}"
     return [Finding("other frame", f"{seem}: read them with --frame {frame}", name, kept=True)]
 
 # %% ../nbs/reference/files.ipynb #0fc69b1e
@@ -238,7 +238,7 @@ def read_index(
 SPLITS = ("train", "val", "test")
 
 def annotation_files(root: Path) -> list:
-    "The XML files in sorted order, the order that counts; without the ._ files that macOS leaves."
+    "The XML files in sorted order, which defines the numbers; without the ._ files that macOS writes."
     folder = root / "Annotations"
     names = sorted(os.listdir(folder))
     return [folder / name for name in names if name.endswith(".xml") and not name.startswith(".")]
@@ -260,7 +260,7 @@ def read_dior_rsvg(
         findings += [f._replace(file=name) for f in odd]
     indices = {s: p for s in SPLITS for p in (root / "split" / f"{s}.txt", root / f"{s}.txt") if p.exists()}
     if any(f.kind == "unreadable" for f in findings):
-        hides = "a file that cannot be read hides how many objects it holds"
+        hides = "the number of objects in an unreadable file is unknown"
         note("index", f"{hides}: the index files cannot be used")
         return [{**r, "split": "unknown"} for r in objects if r], findings
     if not indices:
@@ -410,7 +410,7 @@ BOX_KEYS = ("bbox_2d", "bbox", "box", "boxes", "bboxes")
 CORNER_KEYS = (("x1", "y1", "x2", "y2"), CORNERS)
 
 def boxes_in(answer, depth: int = 6) -> list:
-    "Every box of an answer as it is written: of a list, an object, or a text. Raises Defect."
+    "Every box of an answer as written: from a list, an object, or a text. Raises Defect."
     if isinstance(answer, str):
         said = answer.rpartition("</think>")[2]
         said = between(said, "<answer>", "</answer>") or said
@@ -451,7 +451,7 @@ PICTURES = ("image", "images", "image_path", "img_path", "file_name")
 MARKS = re.compile(r"<image>|</?ref>|</?p>|<\|object_ref_(?:start|end)\|>")  # in a question
 
 def unknown_shape(r: dict) -> Defect:
-    "The Defect of a row in no known shape: lists the shapes, and what is missing of the nearest."
+    "The Defect of a row in no known form: lists the known forms and what is missing for the nearest one."
     known = [*(("image", t) for t in TURNS), *(("image", *pair) for pair in ASKED)]
     have = {"image" if k in PICTURES else k for k in r}
     nearest = max(known, key=lambda names: len(have & {*names}) / len(names))
@@ -608,7 +608,7 @@ def polygon_points(polygon, width: int, height: int) -> list:
         raise Defect("bad mask", "a polygon needs three points or more")
     points = numbers(polygon, ["polygon"] * len(polygon))
     if max(map(abs, points)) > 2 * max(width, height):
-        raise Defect("bad mask", f"a polygon leaves the image {width}x{height} by far")
+        raise Defect("bad mask", f"a polygon lies far outside the image {width}x{height}")
     return points
 
 def polygon_mask(polygons: list, width: int, height: int) -> str:
@@ -619,7 +619,7 @@ def polygon_mask(polygons: list, width: int, height: int) -> str:
     return mask_text(coco_mask.merge(coco_mask.frPyObjects(points, height, width)))
 
 def annotated_mask(found, width: int | None, height: int | None) -> tuple:
-    "(mask text or None, odd). A faulty segmentation costs the mask, or one of its polygons, but not the box."
+    "(mask text or None, odd). A faulty segmentation loses the mask, or one of its polygons, but not the box."
     if not found or width is None: return None, []
     try: return coco_runs(found, width, height), []
     except READ_ERRORS as e: odd = [Defect("bad mask", f"mask left out: {as_finding(e, '').message}")]
@@ -710,7 +710,7 @@ def read_refer(path: Path, images: ImageFolder) -> tuple:
     pictures, names, annotations = open_instances(path.parent / "instances.json")
     known = {text_of(a.get("id", -1), "id"): a for a in annotations if isinstance(a, dict)}
     def sentences():
-        left = path.stat().st_size  # a pickle may name one list many times: no more sentences than bytes
+        left = path.stat().st_size  # a pickle may repeat one list many times: no more sentences than bytes
         for k, ref in enumerate(refs):
             said = ref.get("sentences") if isinstance(ref, dict) else None
             for sentence in said if isinstance(said, list) and said else [None]:
@@ -1015,7 +1015,7 @@ def files_of(root: Path, layout: Layout) -> list:
 
 # %% ../nbs/reference/files.ipynb #fbe18155
 def formats_of(root: Path) -> list:
-    "The names of all layouts that find a file in a folder, those with files nearer to it first."
+    "The names of all layouts that find a file in a folder, nearest files first."
     def depths(name):
         patterns = [p for several in LAYOUTS[name].files.values() for p in several]
         return [p.count("/") for p in patterns if any(may_be(f, name) for f in root.glob(p))]
@@ -1025,7 +1025,7 @@ def formats_of(root: Path) -> list:
     return names
 
 def may_be(path: Path, name: str) -> bool:
-    "False for a file whose content clearly belongs to another layout than its name."
+    "False for a file whose content clearly belongs to a different layout than its name."
     return name not in ("coco", "jsonl") or path.suffix != ".json" or guess_file(path) in (name, None)
 
 def has_descriptions(root: Path) -> bool:
@@ -1037,7 +1037,7 @@ def has_descriptions(root: Path) -> bool:
         except READ_ERRORS: pass
     return any(b"<description" in data for data in seen) or not any(b"<object" in data for data in seen)
 
-LINES = (  # what the first line looks like
+LINES = (  # form of the first line
     ("index", r"-?[0-9]+"), ("rsvg_hr", r"[^,]+,-?[\d.]+,.*"), ("yolo", r"[0-9]+(\.0*)?(\s+[-\d.e]+){4,}"),
     ("dota", r"(imagesource|gsd)\s*:.*|(-?[\d.]+\s+){8}[^\W\d]\S*(\s+\d)?"), ("phrases", r"\S+ +\S.*")
 )
@@ -1118,7 +1118,7 @@ def read_rows(
     detections: bool = False,     # keep crowds, and objects with the name of another in their image
 ) -> tuple:
     """(format, rows, findings): the usable rows of a dataset, and everything odd about its files. Raises
-    ValueError for a path that is in none of the layouts."""
+    ValueError for a path with no known layout."""
     path = Path(path)
     if frame not in (None, *FRAMES):
         raise ValueError(f"unknown frame {frame!r}: use one of {', '.join(FRAMES)}")
@@ -1180,8 +1180,8 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 def not_read(path: Path) -> str:
-    """Why a path is in none of the layouts, with a hint: an archive, only pictures, or a dataset one folder
-    deeper."""
+    """Message for a path with no known layout, with a hint: an archive, only pictures, or a dataset one
+    folder deeper."""
     if path.suffix.lower() in ARCHIVES: return f"{path} is an archive: unpack it and name the folder"
     if path.suffix.lower() in PICTURE_ENDINGS:
         return f"{path} is a picture: name the folder or the file with the boxes"

@@ -22,9 +22,9 @@ from .grammar import PLURALS, parse_expression
 # %% ../nbs/reference/filters.ipynb #1c900bbd
 @dataclass(frozen=True)
 class Fault:
-    "One thing that is wrong with a chain."
+    "One fault of a chain."
     code: str  # a key of CODES
-    what: str  # one clause with the words or numbers that gave it away
+    what: str  # one clause with the words or numbers that show it
 
 CODES = {
     # of any text
@@ -56,7 +56,7 @@ ANSWER = re.compile(r"\s*<answer>\s*" + BOX.pattern + r"\s*</answer>\s*")
 PLAIN_SIGNS = str.maketrans("’‘“”‑‐−", "''\"\"---")
 
 def tidy(thought):
-    "In lower case and single blanks, with plain signs; 'I've' is 'I have'."
+    "In lower case with single spaces and plain signs; 'I've' becomes 'I have'."
     text = " ".join(thought.lower().translate(PLAIN_SIGNS).split())
     return text.replace("'ve ", " have ").replace("'m ", " am ").replace("'re ", " are ")
 
@@ -64,7 +64,7 @@ def take_apart(
     text: str,  # one completion
 ) -> tuple:
     """(thought, tidied; box as written; faults no_thought and no_box); '' and None where they are missing.
-    Without these faults the format reward of chapter 7 pays."""
+    Without these faults the format reward of chapter 7 is 1."""
     if not isinstance(text, str): text = ""
     found, cut, faults = THOUGHT.match(text), CUT_OFF.fullmatch(text), []
     thought = tidy((found or cut)[1]) if found or cut else ""
@@ -102,7 +102,7 @@ def other_convention(box, row, codec):
 
 # %% ../nbs/reference/filters.ipynb #73b2766b
 def box_faults(written, row, codec, lowest_iou, raw=None):
-    "Faults outside, wrong_frame and wrong_box of an answer; `raw`: the box of the Thought that it tells."
+    "Faults outside, wrong_frame and wrong_box of an answer; `raw`: the box of the Thought behind the text."
     fw, fh = codec.frame(row["width"], row["height"])
     overlap = iou(codec.decode(written, row["width"], row["height"]), row["box"])
     out = min(written[:2]) < 0 or written[2] > fw or written[3] > fh
@@ -331,7 +331,7 @@ def thought_faults(
     row: dict,               # expression, box, width, height; category and objects if known
     lowest_iou: float = 0.5,  # of a candidate with its object
 ) -> list:
-    "Faults in the fields of a Thought, in the order in which it is told; [] if all of it is so."
+    "Faults in the fields of a Thought, in its own order; [] if there are none."
     faults, objects = misread_faults(thought, row), row.get("objects")
     if objects is None and thought.steps:
         return [*faults, Fault("wrong_candidate", "steps: the row does not know the objects of its image")]
@@ -349,7 +349,7 @@ def find_faults(
     row: dict,    # expression, box, width, height; category and objects if known (chapter 3)
     codec: Codec,  # of the student
     lowest_iou: float = 0.5,
-    thought: Thought | None = None,  # that the text tells; None: free text, of which only the rest is judged
+    thought: Thought | None = None,  # behind the text; None: free text, for which only the rest is checked
 ) -> list:
     "All Faults of a chain, those of its text first; [] if it may be kept."
     told, written, faults = take_apart(text)

@@ -54,7 +54,7 @@ def to_dataset(
 
 # %% ../nbs/reference/folders.ipynb #309e2bc7
 def place_of(row, seen_from) -> str:
-    "The place of a row, as written in a finding about the row `seen_from`."
+    "The location of a row, for a finding about the row `seen_from`."
     parts = [row["file"] if row["file"] != seen_from["file"] else "", row["where"] or f"line {row['line']}"]
     splits = f" ({row['split']} and {seen_from['split']})" if row["split"] != seen_from["split"] else ""
     return ", ".join(p for p in parts if p) + splits
@@ -90,7 +90,7 @@ def shared_images(images: dict) -> list:
     return findings
 
 # %% ../nbs/reference/folders.ipynb #e1e246bb
-READER_VERSION = 3  # raise when a reader changes what it makes of a file
+READER_VERSION = 3  # increase this when a reader's result for a file changes
 
 def fingerprint(paths: list, *more) -> str:
     """SHA-256 over name, size and modification time of every file in `paths` and their sub-folders, and over
@@ -162,11 +162,11 @@ def load_folder(
     path: str | Path,                  # a folder in one of the LAYOUTS, or one annotation file
     format: str | None = None,         # a key of LAYOUTS; None: guess
     images: str | Path | None = None,  # None: the layout's own image folder; for a single file, its folder
-    cache: str | Path | None = None,   # folder that keeps what was read; None: read anew
+    cache: str | Path | None = None,   # cache folder; None: read the files again
     frame: str | None = None,          # a key of FRAMES, if the boxes are not in pixels
 ) -> tuple:
     """(splits, findings): a dict of datasets whose images are not opened yet, and everything odd about the
-    files. Raises ValueError for a path in none of the layouts, or when object numbers cannot be trusted."""
+    files. Raises ValueError for a path with no known layout, or when object numbers cannot be trusted."""
     path, images = Path(path).absolute(), images and Path(images).absolute()
     if path.is_file() and images is None: images = path.parent
     place = None
@@ -206,7 +206,7 @@ def write_jsonl(
     check_target(path, dataset)
     if not rows: raise ValueError("there is no row to write")
     if not all(r["image"] for r in rows):
-        raise ValueError("rows without images cannot be used again: name the folder of the images")
+        raise ValueError("rows without images cannot be read again: name the image folder")
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(r["image"])) for r in rows]))
     def line(r):
         image = Path(os.path.relpath(os.path.abspath(r["image"]), root)).as_posix()

@@ -107,8 +107,8 @@ def check_gradients(trainer):
 # %% ../nbs/reference/guards.ipynb #dc897985
 class GuardedTrainer(SharedPromptTrainer):
     """TRL's GRPO that stops when a run cannot learn, and says at which step and what to do: ValueError when
-    it is made, RuntimeError during training. DeepSpeed and FSDP keep gradients elsewhere, so a missing gradient
-    is not detected there."""
+    it is made, RuntimeError during training. DeepSpeed and FSDP keep gradients elsewhere, so a missing
+    gradient is not detected there."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -101,11 +101,11 @@ def folder_and_kind(
     try: kind = json.loads(text.decode(), object_hook=only_local).get("model_type")
     except LookupError as e:
         raise ValueError(f"config.json of {name} asks for code or weights from elsewhere ({e}): "
-                         "take the key out") from None
+                         "remove the key") from None
     except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"config.json of {name} is no JSON object") from None
+        raise ValueError(f"config.json of {name} is not a JSON object") from None
     if kind not in list(STOCK):
-        raise ValueError(f"{name} is a {kind} model: this book knows {', '.join(STOCK)}")
+        raise ValueError(f"{name} is a {kind} model: this package supports {', '.join(STOCK)}")
     return folder, kind
 
 def load_processor(
@@ -148,16 +148,16 @@ def load_weights(name, folder, kind, **kwargs):
             folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **kwargs)
     except RuntimeError as e:
         if "ignore_mismatched_sizes" not in str(e): raise
-        raise ValueError(f"weights in the files of {name} have another shape than its config.json says "
+        raise ValueError(f"weights in the files of {name} have a different shape than its config.json says "
                          "(see above)") from None
     except SafetensorError as e:
-        raise ValueError(f"a weight file of {name} is broken or no safetensors file ({e}): "
+        raise ValueError(f"a weight file of {name} is broken or not a safetensors file ({e}): "
                          "copy or download it again") from None
     except OSError:
         pickles = [f for f in ("pytorch_model.bin", "pytorch_model.bin.index.json") if file_of(folder, f)]
         if not pickles: raise
         raise ValueError(f"the weights of {name} are a pickle ({pickles[0]}), which can run code when it is "
-                         "read: take a copy in safetensors") from None
+                         "read: get a copy in safetensors format") from None
     lost = sorted(said["missing_keys"])
     if lost:
         raise ValueError(f"{len(lost)} weights of a {kind} model are not in the files of {name}: "

@@ -41,7 +41,7 @@ FOUR = re.compile(r"(?:\D*+\d++){4}")                                         # 
 LOCATION = re.compile(r"<(?:loc|bin|coord)_(\d+)>")                           # one number in Florence-2
 
 def in_order(values, names):
-    "Four numbers as x1, y1, x2, y2 by the names before them (None: no name); None if they mean otherwise."
+    "Four numbers as x1, y1, x2, y2, ordered by the names before them (None: no name); None if no box."
     named = dict(zip(names, values))
     for edges in EDGES:
         if named.keys() != set(edges): continue

@@ -33,7 +33,7 @@ from .sentences import RULES, Picture, Seen, check_expression, choose, count_hop
 # %% ../nbs/reference/refer.ipynb #48f54c48
 DETECTIONS = ("coco", "yolo", "voc", "voc_turned", "dota")
 SMALLEST = 12  # pixels: a box with a shorter side is doubtful
-BORDER = 2     # pixels: a box that comes so near to the border of the picture is taken for cut
+BORDER = 2     # pixels: a box this near to the border of the picture counts as cut
 
 def read_detections(
     path: str | Path,                  # a folder, or one annotation file
@@ -55,7 +55,7 @@ def plain_name(category: str) -> str:
     return " ".join([*words, PLURALS.get(last, last)])
 
 def why_doubtful(row, window, smallest: float) -> str:
-    "Why a reader may or may not count an object seen through a window; '' if there is no doubt."
+    "Why it is doubtful whether a reader counts an object in a window; '' if there is no doubt."
     if row.get("doubtful"): return row["doubtful"]
     x1, y1, x2, y2 = box = tuple(row["box"])
     if min(x1, y1, row["width"] - x2, row["height"] - y2) < BORDER: return "touches the border"

@@ -598,7 +598,7 @@ def picture_files(out, count):
     if out.exists(): raise ValueError(f"{out} exists already: choose another --out")
     if not out.parent.is_dir(): raise ValueError(f"{out.parent} is not a folder: --out cannot be created there")
     if (out.suffix == ".png") != (count == 1):
-        raise ValueError(f"--out {out}: name a .png file for one question, a new folder for several")
+        raise ValueError(f"--out {out}: a .png file is needed for one question, a new folder for several")
     return [out] if count == 1 else [out / f"{k:0{len(str(count))}}.png" for k in range(1, count + 1)]
 
 def spoken(found):

@@ -15,7 +15,7 @@ THOUGHT_TYPE = TypeAdapter(Thought)
 THOUGHT_SCHEMA = THOUGHT_TYPE.json_schema()
 
 def check_indices(thought):
-    "Raise ValueError, naming the field, for an index that points at nothing."
+    "Raise ValueError, naming the field, for an index that refers to nothing."
     def check(where, indices, count, what):
         for k in indices:
             if not 0 <= k < count: raise ValueError(f"{where}: {k} is none of {count} {what}, counted from 0")
@@ -34,7 +34,7 @@ def check_indices(thought):
 def from_json(
     text: str,
 ) -> Thought:
-    "The Thought that a JSON text holds. Raises ValueError, naming the field, for what is not one."
+    "The Thought in a JSON text. Raises ValueError, naming the field, if it is not one."
     try: thought = THOUGHT_TYPE.validate_json(text)
     except ValidationError as e:
         first = e.errors()[0]

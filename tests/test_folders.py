@@ -193,34 +193,34 @@ def test_code_in_a_folder_is_left_alone_and_not_handed_on(kind, copy, tmp_path):
 
 
 REFUSED = {
-    "unknown type with code": (lambda f: change(f, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.X"}), "is a evil model: this book knows"),
+    "unknown type with code": (lambda f: change(f, "config.json", model_type="evil", auto_map={"AutoConfig": "evil.X"}), "is a evil model: this package supports"),
     "no type": (lambda f: change(f, "config.json", model_type=None), "is a None model"),
-    "two types": (lambda f: change(f, "config.json", model_type=["qwen3_vl"]), "this book knows"),
+    "two types": (lambda f: change(f, "config.json", model_type=["qwen3_vl"]), "this package supports"),
     "kernel": (lambda f: change(f, "config.json", attn_implementation="evil/kernel"), "asks for code or weights from elsewhere .attn_implementation is 'evil/kernel'"),
     "kernel below": (lambda f: change(f, "config.json", "text_config", _attn_implementation="evil/kernel"), "asks for code or weights from elsewhere"),
     "other weights": (lambda f: change(f, "config.json", transformers_weights="pytorch_model.bin"), "transformers_weights is 'pytorch_model.bin'"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json of .* is no JSON object"),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "is no JSON object"),
-    "nested": (lambda f: (f / "config.json").write_text("[" * 200_000), "is no JSON object"),
-    "no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is no JSON object"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json of .* is not a JSON object"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "is not a JSON object"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 200_000), "is not a JSON object"),
+    "no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "is not a JSON object"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/base"}'), "holds a LoRA adapter, not a model"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer files of .* cannot be read"),
     "pickle": (lambda f: (torch.save({"a": torch.zeros(2)}, f / "pytorch_model.bin"), (f / "model.safetensors").unlink()), r"are a pickle \(pytorch_model.bin\), which can run code"),
     "list of pickles": (lambda f: ((f / "pytorch_model.bin.index.json").write_text("{}"), (f / "model.safetensors").unlink()), "are a pickle"),
-    "pickle by its name": (lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(RunsCode(str(f.parent / "mark")))), "is broken or no safetensors file"),
-    "torch.save by its name": (lambda f: torch.save({"a": torch.zeros(2)}, f / "model.safetensors"), "is broken or no safetensors file"),
+    "pickle by its name": (lambda f: (f / "model.safetensors").write_bytes(pickle.dumps(RunsCode(str(f.parent / "mark")))), "is broken or not a safetensors file"),
+    "torch.save by its name": (lambda f: torch.save({"a": torch.zeros(2)}, f / "model.safetensors"), "is broken or not a safetensors file"),
     "pickle in the index": (lambda f: (sharded(f, "pytorch_model.bin"), (f / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(str(f.parent / "mark"))))), "names 'pytorch_model.bin': weights are read from safetensors"),
     "elsewhere in the index": (lambda f: sharded(f, "../model.safetensors"), "names '../model.safetensors'"),
     "numbers in the index": (lambda f: sharded(f, 7), "names 7"),
     "broken index": (lambda f: ((f / "model.safetensors.index.json").write_text("{"), (f / "model.safetensors").unlink()), "index.json of .* is broken"),
-    "half a file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1_000_000]), "is broken or no safetensors file"),
+    "half a file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1_000_000]), "is broken or not a safetensors file"),
     "endless header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x3f" + (f / "model.safetensors").read_bytes()[8:]), "header too large"),
-    "header of junk": (lambda f: (f / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b"x" * 5000), "is broken or no safetensors file"),
-    "Git LFS": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"), "is broken or no safetensors file"),
-    "nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "is broken or no safetensors file"),
+    "header of junk": (lambda f: (f / "model.safetensors").write_bytes((100).to_bytes(8, "little") + b"x" * 5000), "is broken or not a safetensors file"),
+    "Git LFS": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"), "is broken or not a safetensors file"),
+    "nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "is broken or not a safetensors file"),
     "weights missing": (lambda f: weights(f, lambda found: [found.pop(name) for name in list(found)[1:6]], format="pt"), r"\d weights of a qwen3_vl model are not in the files"),
-    "other shape": (lambda f: weights(f, lambda found: found.update({next(iter(found)): torch.zeros(3, 5)}), format="pt"), "have another shape than its config.json says")}
+    "other shape": (lambda f: weights(f, lambda found: found.update({next(iter(found)): torch.zeros(3, 5)}), format="pt"), "have a different shape than its config.json says")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -38,7 +38,7 @@ def test_image_tokens_match_the_codec_for_every_real_size(shared):
 
 def test_an_unknown_model_class_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="is a bert model: this book knows"): load_vlm(str(tmp_path))
+    with pytest.raises(ValueError, match="is a bert model: this package supports"): load_vlm(str(tmp_path))
 
 
 def small_folder(kind, folder):
