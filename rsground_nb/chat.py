@@ -141,11 +141,11 @@ class Server:
             raise ValueError("keep the key out of the address: name the variable that holds it as key_env")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):
             raise ValueError("key_env is the name of an environment variable, not the key itself")
-        if not self.model: raise ValueError(f"which model of {self.url} is to be asked? Give its name there")
+        if not self.model: raise ValueError(f"which model of {self.url} is meant? Give its name there")
         if taken := {"model", "messages", "response_format", "stream"} & set(self.more or ()):
             raise ValueError(f"more: {min(taken)!r} is not among the further fields: leave it out")
         if min(self.workers, self.max_failures, self.max_retries + 1) < 1 or not 0 < self.timeout < math.inf:
-            raise ValueError("workers and max_failures are at least 1, max_retries 0, timeout above 0 s")
+            raise ValueError("workers and max_failures must be at least 1, max_retries 0, timeout above 0 s")
 
     def kinds(self) -> list:
         "What a reply may be asked to be, the preferred kind first."

@@ -889,7 +889,7 @@ def read_yolo(path: Path, images: ImageFolder) -> tuple:
     if names is None and images.folders:
         findings.append(
             Finding(
-                "no class names", "neither classes.txt nor data.yaml: objects are called by number",
+                "no class names", "neither classes.txt nor data.yaml: objects are named by number",
                 path.name, kept=True
             )
         )

@@ -128,7 +128,7 @@ def read_table(
         lines.append(line)
     table = pd.DataFrame(lines, columns=None if lines else list(LINE))
     twice = table.expression_id[table.expression_id.duplicated()]
-    if len(twice): raise ValueError(f"{path}: expression_id {twice.iloc[0]!r} stands there more than once")
+    if len(twice): raise ValueError(f"{path}: expression_id {twice.iloc[0]!r} occurs more than once")
     return table
 
 # %% ../nbs/reference/synthesis.ipynb #23d6df8b
@@ -245,7 +245,7 @@ def make_chains(
     """The table of `judge`; it is also written to the folder.
     Raises ValueError if the folder holds something else, or chains made in another way."""
     folder, began = Path(folder), time.time()
-    if seed < 0 or samples < 0: raise ValueError(f"seed {seed} and samples {samples} are at least 0")
+    if seed < 0 or samples < 0: raise ValueError(f"seed {seed} and samples {samples} must be at least 0")
     if not 0 <= lowest_iou <= 1: raise ValueError(f"lowest_iou {lowest_iou} is outside 0 to 1")
     data = dict(rows=len(rows), hash=split_hash(rows))
     settings = dict(**origin(server), seed=seed, lowest_iou=lowest_iou, codec=asdict(codec), **data)

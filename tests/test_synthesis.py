@@ -102,7 +102,7 @@ LINE = '{"expression_id": "a", "expression": "the ship", "box": [1, 2, 3, 4], "c
 
 @pytest.mark.parametrize("text, message", [
     ("{", "line 1: not JSON"), (LINE + "\n[1]", "line 2: expression_id, expression, box, completion, verdict, faults missing"), (LINE.replace('"a"', "3"), "line 1: expression_id missing or of the wrong kind"),
-    (LINE.replace("[1, 2, 3, 4]", "null"), "line 1: box missing"), (LINE + "\n" + LINE, "'a' stands there more than once")])
+    (LINE.replace("[1, 2, 3, 4]", "null"), "line 1: box missing"), (LINE + "\n" + LINE, "'a' occurs more than once")])
 def test_a_broken_file_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "chains.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message): read_table(tmp_path / "chains.jsonl")
