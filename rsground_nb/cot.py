@@ -33,21 +33,21 @@ Place = Annotated[list[float], Field(min_length=4, max_length=4), AfterValidator
 
 @dataclass(slots=True)
 class Target:
-    "What is looked for."
+    "What to look for."
     __pydantic_config__ = STRICT
     category: str
     attributes: list[str]
 
 @dataclass(slots=True)
 class Cue:
-    "What tells it from others, in the words of the sentence without articles."
+    "What distinguishes it from others, in the words of the sentence without articles."
     __pydantic_config__ = STRICT
     kind: Literal["name", "order", "relation", "position", "size"]
     words: str
 
 @dataclass(slots=True)
 class Candidate:
-    "An object that goes into a step."
+    "An object that a step chooses from."
     __pydantic_config__ = STRICT
     category: str
     colour: str | None
@@ -59,13 +59,13 @@ class Step:
     __pydantic_config__ = STRICT
     find: Target
     cue: Cue | None              # None: the name is enough
-    anchors: list[int]           # earlier steps, whose survivors the cue refers to
+    anchors: list[int]           # earlier steps; the cue refers to what they left
     candidates: list[Candidate]
     left: list[int]              # of the candidates
 
 @dataclass(slots=True)
 class Thought:
-    "How a target is found; no steps and no decision where the other objects of the image are not known."
+    "How a target is found; no steps and no decision if the other objects of the image are not known."
     __pydantic_config__ = STRICT
     target: Target
     cues: list[Cue]
@@ -80,7 +80,7 @@ class Draft:
     "What a teacher made of one row: a completion, or the reason why there is none."
     completion: str = ""
     trouble: str = ""
-    details: dict = field(default_factory=dict)  # how it came about: tokens, from a cache, ...
+    details: dict = field(default_factory=dict)  # how it was made: tokens, from a cache, ...
     thought: Thought | None = None  # None: free text
 
 # %% ../nbs/05_cot.ipynb #c7d94902
@@ -90,7 +90,7 @@ def answer_of(
     row: dict,
     codec: Codec,  # of the student
 ) -> tuple:
-    "The row's box as the student writes it. Raises ValueError if it is none, leaves the frame, or is coarse."
+    "The box as the student writes it. Raises ValueError if it is invalid, outside or lost by rounding."
     box, width, height = row["box"], row["width"], row["height"]
     if not (width and height): raise ValueError("width and height are not known")
     shown = f"box ({', '.join(f'{v:g}' for v in box)})"
@@ -111,8 +111,8 @@ def plural(noun):
     return re.sub(r"(?<=[^aeiou])y$", "ie", noun) + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 def noun_of(row, phrase):
-    """What the sentence calls the target; else its category; else 'object' or, where it was not understood,
-    the expression. Raises ValueError for an empty one, or for signs that an answer must not hold."""
+    """What the sentence calls the target; else its category; else 'object' or, if it was not understood, the
+    expression. Raises ValueError for an empty one, or for characters that are reserved for answers."""
     spoken = (row["expression"] or "").strip(" .")
     if not spoken: raise ValueError("expression is empty")
     understood = not set(phrase.target.split()) <= set(phrase.unknown)
@@ -132,7 +132,7 @@ def order_words(rank, side):
 def bare(text): return re.sub(r"\b(?:the|a|an|(?:that|which) (?:is|are)) ", "", text)
 
 def cues_of(phrase):
-    "[(Cue, anchors)]: what filters (relations, position) before what picks (nearest, order, size)."
+    "[(Cue, anchors)]: first what filters (relations, position), then what picks one (nearest, order, size)."
     found = [(Cue("relation", r.words), r.anchors) for r in phrase.relations]
     if phrase.position: found.append((Cue("position", cell_words(phrase.position)), ()))
     found += [(Cue("order", order_words(rank, side)), ()) for rank, side in phrase.order]
@@ -141,7 +141,7 @@ def cues_of(phrase):
     return sorted(found, key=lambda c: c[0].kind in ("order", "size") or c[0].words in nearest)
 
 def stated(phrase):
-    "The cues as the sentence states them, anchors included."
+    "The cues as the sentence states them, including anchors."
     return [Cue(cue.kind, f"{cue.words} {' and '.join(bare(a.text) for a in anchors)}".strip())
             for cue, anchors in cues_of(phrase)]
 
@@ -159,19 +159,19 @@ def find_target(row):
 def plain(name): return re.sub(r"[-_\s]+", " ", name or "").strip().lower()
 
 def fitting(find, objects):
-    "The objects with that name, from left to right; a colour that is not known fits."
+    "The objects with that name, from left to right; an unknown colour fits."
     fits = [o for o in objects if plain(o["category"]) == plain(find.category)]
     fits = [o for o in fits if not o["colour"] or all(a == o["colour"] for a in find.attributes)]
     return sorted(fits, key=lambda o: centre(o["box"]))
 
 def name_of(phrase, goal):
-    "The Target to find: for the goal its category, and its colour where the sentence says it."
+    "The Target to find: for the goal its category, and its colour if the sentence says it."
     if not goal: return Target(phrase.target, list(phrase.attributes))
     return Target(goal["category"], [a for a in phrase.attributes if a == goal["colour"]])
 
 def solve(phrase, row, steps, goal=None):
-    """Append to `steps` what leads to the object that a phrase names; the object, None if unclear.
-    With a `goal`, cues that the boxes refute or cannot show make no step, and the goal is always left."""
+    """Appends to `steps` those that lead to the object that a phrase names. Returns it, or None if unclear.
+    With a `goal`, cues that the boxes refute or cannot show make no step, and the goal always remains."""
     size, begun = (row["width"], row["height"]), len(steps)
     find = name_of(phrase, goal)
     things = fitting(find, row["objects"])
@@ -193,8 +193,8 @@ def make_thought(
     row: dict,     # expression, box, width, height; category and objects may be missing or None
     codec: Codec,  # of the student
 ) -> Thought:
-    """The Thought that leads from the sentence to the box, by what the row proves.
-    Raises ValueError, naming the row, where box or words do not allow it."""
+    """The Thought that leads from the sentence to the box, as far as the row proves it.
+    Raises ValueError, naming the row, if box or words do not allow it."""
     try:
         answer_of(row, codec)
         phrase, goal, steps = parse_expression(row["expression"] or ""), find_target(row), []
@@ -228,7 +228,7 @@ def render(
     style: str = "short",  # or long
     places: str = "cells",  # or coarse, full: numbers of the thought; the answer has all digits
 ) -> str:
-    """The completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` that tells a Thought.
+    """The completion `<think>…</think><answer>[x1, y1, x2, y2]</answer>` for a Thought.
     Raises ValueError for an unknown style or kind of places."""
     if style not in STYLES: raise ValueError(f"style {style!r}: use {' or '.join(STYLES)}")
     if places not in PLACES: raise ValueError(f"places {places!r}: use {' or '.join(PLACES)}")
@@ -255,7 +255,7 @@ def rule_drafts(
     style: str = "short",
     places: str = "cells",
 ) -> list:
-    "One Draft per row, in order; `trouble` where no Thought can be made."
+    "One Draft per row, in order; `trouble` says why no Thought could be made."
     drafts = []
     columns = [c for c in rows.column_names if c not in ("image", "polygon", "mask")]
     for row in rows.select_columns(columns).with_format("arrow")[:].to_pylist():

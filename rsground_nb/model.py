@@ -44,7 +44,7 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """Qwen's tokenizer class with a vocabulary of its own: every digit is one token, words that are frequent
-    in scenes or LEXICON are whole, others in pieces. ', ' is one token, to keep lists of numbers short."""
+    in scenes or LEXICON are one token, others several. ', ' is one token, to keep lists of numbers short."""
     rng = np.random.default_rng(0)
     sentences = [text for _ in range(300) for text, _, _ in expressions(make_scene(rng))]
     words = [form for word in LEXICON for form in (word, " " + word)]
@@ -94,7 +94,7 @@ def make_tiny(
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
-    with torch.no_grad():  # a layer adds little at first, so that words and patches stay recognisable
+    with torch.no_grad():  # at first a layer adds little, so words and patches stay recognisable
         for name, weight in model.model.language_model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")): weight *= 0.2
     model.generation_config = GenerationConfig(
@@ -109,7 +109,7 @@ def load_vlm(
     **kwargs,  # to from_pretrained: dtype (default: float32; the folder's own on a GPU), attn_implementation
 ):
     """(model, processor) of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL class; code in the folder is not run.
-    Raises ValueError for another model class and for what cannot be read safely, OSError if there is none."""
+    Raises ValueError for another model class and for unsafe files, OSError if there are none."""
     folder, kind = folder_and_kind(name)
     kwargs.setdefault("dtype", "auto" if torch.cuda.is_available() else torch.float32)
     kwargs["attn_implementation"] = kwargs.get("attn_implementation") or "sdpa"  # not the folder's
@@ -124,7 +124,7 @@ def load_tiny(
     return load_vlm(names[stage], dtype=torch.float32)
 
 def save_tiny(model, processor, out):
-    "Weights in 16 bit as safetensors, with configuration, tokenizer and processor beside them."
+    "Saves weights in 16 bits (safetensors), configuration, tokenizer and processor in one folder."
     processor.save_pretrained(out)
     state = {name: weight.half() for name, weight in model.state_dict().items()}
     model.save_pretrained(out, state_dict=state)
@@ -144,7 +144,7 @@ def student_codec(
     name: str = "tiny",           # as for load_vlm
     max_pixels: int = 112 * 112,
 ) -> Codec:
-    "The codec of a model that need not be loaded for it: configuration and processor are enough."
+    "The codec of a model, from its configuration and processor; the weights are not loaded."
     processor = load_processor(name, max_pixels)
     return codec_of(processor.kind, processor)
 
@@ -153,7 +153,7 @@ REASON = "Locate {}. Think in <think></think>, then give one box in <answer></an
 DIRECT = "Locate {}."
 
 def plain_text(text: str) -> str:
-    "The text with a blank inside marks such as <|im_end|>, so that a tokenizer reads them as letters."
+    "The text with a space inside marks such as <|im_end|>, so that the tokenizer reads them as letters."
     return text.replace("<|", "< |").replace("|>", "| >")
 
 def to_prompt(
@@ -161,7 +161,7 @@ def to_prompt(
     template: str = REASON,  # one {} for the expression
 ) -> list:
     """The user's message in the chat format of transformers and TRL, with a leading 'The' in lower case.
-    The image is passed beside it, not inside it."""
+    The image is passed separately."""
     if expression.startswith("The "): expression = "the " + expression[4:]
     question = {"type": "text", "text": template.format(plain_text(expression))}
     return [{"role": "user", "content": [{"type": "image"}, question]}]
@@ -202,7 +202,7 @@ def lora_config(
 
 def adapt(
     model,      # its vision tower is frozen
-    rank: int,  # of LoRA; 0: every weight of the language part moves
+    rank: int,  # of LoRA; 0: every weight of the language part is trained
 ) -> LoraConfig | None:
     "TRL's `peft_config`: LoRA, or None for full fine-tuning. The vision tower is frozen either way."
     model.model.visual.requires_grad_(False)
@@ -211,12 +211,12 @@ def adapt(
 def merged(
     model,  # with a LoRA adapter; changed
 ):
-    "The model with its adapter merged in, in float32 on the CPU: 16 bit would lose much of a small adapter."
+    "The model with its adapter merged in, in float32 on the CPU: 16 bits would lose much of a small adapter."
     return model.cpu().float().merge_and_unload()
 
 def fingerprint(
     model,
-    trained: bool,  # True: the weights that training moves; False: the frozen ones
+    trained: bool,  # True: the trained weights; False: the frozen ones
 ) -> str:
     "SHA-256 over the names and bytes of the chosen weights. Equal fingerprints mean bit-identical weights."
     digest = hashlib.sha256()
@@ -230,14 +230,14 @@ def fingerprints(model):
     return dict(frozen=fingerprint(model, False), trained=fingerprint(model, True))
 
 def training_dtype(
-    rank: int,  # of LoRA; 0: the model's own weights move
+    rank: int,  # of LoRA; 0: the model's own weights are trained
 ) -> torch.dtype:
-    "float32 for weights that move. What is frozen beside LoRA takes 16 bit on a GPU."
+    "float32 for weights that are trained; 16 bits on a GPU for weights that LoRA leaves frozen."
     return torch.bfloat16 if rank and torch.cuda.is_available() else torch.float32
 
 def check_moving(model):
-    """Raises ValueError if weights that training moves have 16 bit and are not LoRA's: small steps would be
-    rounded away."""
+    """Raises ValueError if trained weights other than LoRA's have 16 bits: small steps would be rounded to
+    zero."""
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     low = [name for name, p in moving.items() if p.dtype.itemsize == 2]
     if low:
