@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import nbformat
+import papermill
 import pytest
 
 from conftest import ROOT
@@ -146,3 +147,29 @@ def test_nothing_committed_names_a_machine():
         if not name.endswith((".safetensors", ".png", ".jpg")):
             text = (ROOT / name).read_text(encoding="utf-8")
             assert not re.search(r"/(?:root|home|work|tmp)/\w", text), name
+
+
+def test_running_an_edited_notebook_leaves_the_package_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("IN_TEST")
+    notebook = nbformat.read(ROOT / "nbs" / "reference" / "exercises.ipynb", as_version=4)
+    edited = next(c for c in notebook.cells if c.source.startswith("#| export\n@dataclass"))
+    edited.source = edited.source.replace("#| export", "#| export\nEDITED = True", 1)
+    nbformat.write(notebook, tmp_path / "exercises.ipynb")
+    files = sorted((ROOT / "rsground_nb").glob("*.py"))
+    before = [p.read_bytes() for p in files]
+    folder = str(ROOT / "nbs" / "reference")
+    papermill.execute_notebook(tmp_path / "exercises.ipynb", tmp_path / "done.ipynb", cwd=folder, progress_bar=False)
+    assert [p.read_bytes() for p in files] == before
+    assert "EDITED" in (tmp_path / "done.ipynb").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_notebook_exports(path):
+    assert not [c.source for c in cells(path) if c.cell_type == "code" and "nbdev_export(" in c.source]
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_a_chapter_is_short(name):
+    found = cells(ROOT / "nbs" / f"{name}.ipynb")
+    words = sum(len(c.source.split()) for c in found if c.cell_type == "markdown")
+    assert len(found) <= 42 and words <= 1200
