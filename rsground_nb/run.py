@@ -56,8 +56,8 @@ def run_chapter(
     show: bool = False,   # a progress bar over its cells
     **parameters,         # scale, seed, out, data
 ):
-    """Execute one notebook. Raises ValueError for a parameter that the notebook does not have, and papermill's
-    error if a cell fails."""
+    """Execute one notebook. Raises ValueError for a parameter that the notebook does not have,
+    and papermill's error if a cell fails."""
     import papermill
 
     def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
@@ -77,7 +77,9 @@ PACKAGES = ("rsground_nb", "torch", "transformers", "trl", "peft", "accelerate",
 
 def commit():
     "The commit of the clone, with a + if files have changed since; 'unknown' outside git."
-    def git(*words): return subprocess.run(["git", *words], cwd=notebooks_folder(), capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=notebooks_folder(), capture_output=True, text=True,
+                              check=True).stdout.strip()
     try: return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError): return "unknown"
 
@@ -101,7 +103,8 @@ def what_changed(run, out) -> list:
     versions = {p: version(p) for p in PACKAGES}
     now = dict(folder=str(Path(out).resolve()), commit=commit(), python=platform.python_version(), **versions)
     was = dict(run["versions"], folder=run["out"], commit=run["commit"], python=run["python"])
-    return [f"{name} was {was[name]}, is {now[name]}" for name in now if name in was and was[name] != now[name]]
+    return [f"{name} was {was[name]}, is {now[name]}" for name in now if name in was
+            and was[name] != now[name]]
 
 # %% ../nbs/reference/run.ipynb #41624ccb
 def whole_path(
@@ -116,8 +119,8 @@ def new_run(
     out: str | Path,  # must not exist, or be empty
     scale: str, seed: int, data: str,
 ) -> dict:
-    """Make the folder and the run.json of a new run. Raises ValueError if a setting is wrong or the folder cannot
-    be used."""
+    """Make the folder and the run.json of a new run. Raises ValueError if a setting is wrong or the folder
+    cannot be used."""
     out = Path(out).resolve()
     get_scale(scale)
     if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
@@ -130,7 +133,8 @@ def new_run(
         raise ValueError(f"{out} already holds a run: choose another --out, or continue it with --resume")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
-    run = dict(scale=scale, seed=seed, data=data, out=str(out), command=" ".join(["rsground", *sys.argv[1:]]), started=time.strftime("%Y-%m-%d %H:%M"), commit=commit(),
+    run = dict(scale=scale, seed=seed, data=data, out=str(out), command=" ".join(["rsground", *sys.argv[1:]]),
+               started=time.strftime("%Y-%m-%d %H:%M"), commit=commit(),
                python=platform.python_version(), versions={p: version(p) for p in PACKAGES}, chapters={})
     try:
         (out / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -256,7 +260,8 @@ def verdict(
 def setbacks(stages) -> list:
     "One sentence for every stage that is worse than the one before, with an interval wholly below 0."
     lost = stages[stages.change_high < 0]
-    return [f"{r.stage} is worse than the stage before it: mean IoU {r.change:+.3f} (95 % interval {r.change_low:+.3f} "
+    return [f"{r.stage} is worse than the stage before it: mean IoU {r.change:+.3f} (95 % interval "
+            f"{r.change_low:+.3f} "
             f"to {r.change_high:+.3f}, question by question, on {r.split})." for r in lost.itertuples()]
 
 def write_report(
@@ -304,15 +309,19 @@ def cot_options(cot):
     cot.add_argument("--split", default="train", help="default train")
     cot.add_argument("--scale", default="smoke",
                      help="sets the number of drawn scenes and the student: smoke (default), workshop or gpu")
-    cot.add_argument("--seed", type=int, default=0, help="seed for drawn scenes, for phrasings or the chat teacher's"
+    cot.add_argument("--seed", type=int, default=0,
+                     help="seed for drawn scenes, for phrasings or the chat teacher's"
                      " sampling, and for the samples on the page; default 0")
     cot.add_argument("--limit", type=int, help="use only this many rows, from the first")
-    cot.add_argument("--student", help='the model that will learn from the chains: "tiny", a model folder, a hub name,'
-                     " or a coordinate convention of chapter 1 such as qwen3_vl; default: the model of the scale")
-    cot.add_argument("--max-pixels", type=int, help="largest image area that the student sees; default: from the scale")
+    cot.add_argument(
+        "--student", help='the model that will learn from the chains: "tiny", a model folder, a hub name,'
+        " or a coordinate convention of chapter 1 such as qwen3_vl; default: the model of the scale")
+    cot.add_argument("--max-pixels", type=int,
+                     help="largest image area that the student sees; default: from the scale")
     cot.add_argument("--lowest-iou", type=float, default=0.5,
                      help="drop chains whose answer has a lower IoU with the true box; default 0.5")
-    cot.add_argument("--samples", type=int, default=12, help="samples of each verdict on the page; default 12")
+    cot.add_argument("--samples", type=int, default=12,
+                     help="samples of each verdict on the page; default 12")
     cot.add_argument("--teacher", choices=("rule", "chat"), default="rule",
                      help="rule (default): needs no model; chat: an OpenAI-compatible server")
     cot.add_argument("--url", help="address of the server, for instance http://localhost:8000/v1")
@@ -322,7 +331,8 @@ def cot_options(cot):
     cot.add_argument("--workers", type=int, default=4, help="number of parallel requests; default 4")
     cot.add_argument("--settings", help="more fields of Server (reference/chat) as JSON, for instance"
                      ' {"max_tokens": 2048, "timeout": 300}')
-    cot.add_argument("--free-text", action="store_true", help="let the server write sentences instead of fields; they"
+    cot.add_argument("--free-text", action="store_true",
+                     help="let the server write sentences instead of fields; they"
                      " are checked for form, box and leaks only")
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
@@ -333,14 +343,15 @@ UNITS = "units of the boxes, if not pixels: shares, percent, thousandths, xywh, 
 
 def refer_options(refer):
     "Add the options of `rsground data refer`."
-    refer.add_argument("path", help="a detection dataset (COCO, YOLO, VOC or DOTA): a folder or one of its files")
+    refer.add_argument("path",
+                       help="a detection dataset (COCO, YOLO, VOC or DOTA): a folder or one of its files")
     refer.add_argument("out", help="the new folder, outside the dataset; --data reads it")
     refer.add_argument("--window", type=int, nargs="+", default=(),
                        help="also ask about square windows with these sides, in pixels")
     refer.add_argument("--hops", type=int, nargs="+", default=(1, 2, 3),
                        help="numbers of reasoning steps that the questions may need; default 1 2 3")
-    refer.add_argument("--smallest", type=float, default=12,
-                       help="ask no question about a box with a shorter side than this, in pixels; default 12")
+    refer.add_argument("--smallest", type=float, default=12, help="ask no question about a box with a "
+                       "shorter side than this, in pixels; default 12")
     refer.add_argument("--seed", type=int, default=0, help="default 0")
     refer.add_argument("--samples", type=int, default=60, help="sentences on the page; default 60")
     refer.add_argument("--format", help=LAYOUT)
@@ -353,10 +364,13 @@ def predict_options(ask):
     ask.add_argument("words", nargs="+", metavar="IMAGE ... EXPRESSION",
                      help="one or more pictures, then what to find in each;"
                      " or one file of questions with the fields image and expression")
-    ask.add_argument("--model", default="tiny-grpo", help='"tiny-grpo" (default), "tiny-sft", "tiny" (which answers'
+    ask.add_argument("--model", default="tiny-grpo",
+                     help='"tiny-grpo" (default), "tiny-sft", "tiny" (which answers'
                      " with a box only), a model folder, or a hub name")
-    ask.add_argument("--out", help="save the picture with the box: a new .png file, or a new folder for several questions")
-    ask.add_argument("--json", action="store_true", help="print one JSON object per question, boxes in original pixels;"
+    ask.add_argument("--out", help="save the picture with the box: a new .png file, or a new folder "
+                     "for several questions")
+    ask.add_argument("--json", action="store_true",
+                     help="print one JSON object per question, boxes in original pixels;"
                      " rsground evaluate reads this")
 
 def evaluate_options(score):
@@ -365,7 +379,8 @@ def evaluate_options(score):
     score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="seed of the bootstrap; default 0")
-    score.add_argument("--frame", default="pixel", metavar="NAME", help="units of the predictions: pixel (default),"
+    score.add_argument("--frame", default="pixel", metavar="NAME",
+                       help="units of the predictions: pixel (default),"
                        " shares, percent, thousandths, xywh, or a codec of chapter 1")
     score.add_argument("--out", help="write the two tables as CSV files to this new folder")
     allowed = dict(missing="an id of the data without a line counts as an answer without a box",
@@ -380,12 +395,14 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     "The options of `rsground`. A value that was not given is None, so that --resume can tell."
-    main = Parser(prog="rsground", description="Train and run a model that finds objects in aerial images by reasoning.")
+    main = Parser(prog="rsground",
+                  description="Train and run a model that finds objects in aerial images by reasoning.")
     commands = main.add_subparsers(dest="command", required=True, parser_class=Parser)
     run = commands.add_parser("run", allow_abbrev=False, help="execute all chapters and write a report")
     run.add_argument("--scale", help="smoke (default), workshop or gpu")
     run.add_argument("--seed", type=int, help="default 0")
-    run.add_argument("--data", help='"scenes" (default), a dataset folder in a layout of reference/files, or FILE@FOLDER:'
+    run.add_argument("--data", help='"scenes" (default), a dataset folder in a layout of '
+                     'reference/files, or FILE@FOLDER:'
                      " rows from a file of JSON lines, images from a folder")
     run.add_argument("--out", help="folder of the run; default runs/<data>-<scale>-<seed>")
     run.add_argument("--resume", action="store_true",
@@ -393,8 +410,8 @@ def parser():
     evaluate_options(commands.add_parser("evaluate", help="score a prediction file with six public scorers"))
     predict_options(commands.add_parser(
         "predict", allow_abbrev=False, help="ask a model about pictures; prints its thought and its box"))
-    cot_options(commands.add_parser(
-        "cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
+    cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, "
+                                    "filter them, and make a page to check them"))
     train = commands.add_parser("train", help="train with settings from a YAML file, in one process or many")
     train = train.add_subparsers(dest="task", required=True, parser_class=Parser)
     for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")):
@@ -406,16 +423,19 @@ def parser():
 def data_options(data):
     "Add `rsground data doctor`, `split` and `refer`."
     data = data.add_subparsers(dest="task", required=True, parser_class=Parser)
-    doctor = data.add_parser("doctor", help="list every defect of a dataset; exit code 0: none found, 1: some found,"
+    doctor = data.add_parser("doctor",
+                             help="list every defect of a dataset; exit code 0: none found, 1: some found,"
                              " 2: not readable")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
     doctor.add_argument("--format", help=LAYOUT)
     doctor.add_argument("--images", help=IMAGES)
     doctor.add_argument("--manifest", help="write the good rows as JSON lines to this new file")
     doctor.add_argument("--quick", action="store_true", help="read only the headers of images")
-    doctor.add_argument("--all", action="store_true", help="list all findings, not only the first ten of each kind")
+    doctor.add_argument("--all", action="store_true",
+                        help="list all findings, not only the first ten of each kind")
     doctor.add_argument("--frame", help=UNITS)
-    split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with --data FILE@FOLDER")
+    split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with "
+                            "--data FILE@FOLDER")
     split.add_argument("path", help="a dataset's folder")
     split.add_argument("out", help="the new file, outside the dataset")
     split.add_argument("--how", default="disjoint",
@@ -464,7 +484,8 @@ def run_to_resume(args):
     if args.out: folder, run = args.out, load_run(args.out)
     else:
         found = sorted(Path("runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-        open_runs = ((f, r) for f, r in readable_runs(p.parent for p in found) if set(COURSE) - set(r["chapters"]))
+        open_runs = ((f, r) for f, r in readable_runs(p.parent for p in found)
+                     if set(COURSE) - set(r["chapters"]))
         folder, run = next(open_runs, (None, None))
         if run is None: raise ValueError("no unfinished run in runs/: start one without --resume")
     changed = what_changed(run, folder)
@@ -472,7 +493,9 @@ def run_to_resume(args):
     run = {**run, "out": str(Path(folder).resolve()), "resumed": [*run.get("resumed", []), *changed]}
     asked = dict(scale=args.scale, seed=args.seed, data=args.data and whole_path(args.data))
     for name, value in asked.items():
-        if value is not None and value != run[name]: raise ValueError(f"{run['out']} is a run with {name} {run[name]}, not {value}: leave --{name} out, or start a new run")
+        if value is not None and value != run[name]:
+            raise ValueError(f"{run['out']} is a run with {name} {run[name]}, not {value}: leave --{name} "
+                             "out, or start a new run")
     return run
 
 # %% ../nbs/reference/run.ipynb #e5f63d51
@@ -491,7 +514,8 @@ def listen_for_ctrl_c():
 
 # %% ../nbs/reference/run.ipynb #cbf5c205
 def run_command(args):
-    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130 (interrupted)."
+    """`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130
+    (interrupted)."""
     try:
         check_numbers(args)
         if args.resume: run = run_to_resume(args)
@@ -519,7 +543,8 @@ def carry_out(run):
                   file=sys.stderr)
             return 130
         what = f"{e.ename}: {e.evalue}" if hasattr(e, "evalue") else f"{type(e).__name__}: {e}"
-        complain(f"a chapter failed with {what}\nThe notebooks executed so far are in {shown}/notebooks. When the "
+        complain(f"a chapter failed with {what}\nThe notebooks executed so far are in "
+                 f"{shown}/notebooks. When the "
                  f"cause is fixed, continue with: rsground run --resume --out {shown}")
         return 1
     finally: restore()
@@ -531,8 +556,10 @@ def readable(table):
     "The table with text cells: a metric and its interval share one cell."
     def cell(row, name):
         if row[name] != row[name]: return "-"
-        if f"{name}_low" not in row: return str(row[name]) if isinstance(row[name], bool) else f"{row[name]:g}"
-        return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})" if row[name + "_low"] == row[name + "_low"] else "")
+        if f"{name}_low" not in row:
+            return str(row[name]) if isinstance(row[name], bool) else f"{row[name]:g}"
+        return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})"
+                                     if row[name + "_low"] == row[name + "_low"] else "")
     names = [n for n in table.columns if not n.endswith(("_low", "_high"))]
     return table.apply(lambda row: {n: cell(row, n) for n in names}, axis=1, result_type="expand")
 
@@ -562,11 +589,15 @@ def evaluate_command(args):
         path, images = data_parts(args.data)
         splits, findings = load_folder(path, images=images)
         split = args.split or held_out(splits)
-        if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
-        if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
-        allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
+        if split not in splits:
+            raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
+        if args.out and Path(args.out).exists():
+            raise ValueError(f"{args.out} exists already: choose a new folder")
+        allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates,
+                     allow_unknown=args.allow_unknown)
         with warnings.catch_warnings(record=True) as said:
-            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
+            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame,
+                                          **allow)
         about = dict(split=split, hash=split_hash(splits[split]))
         if args.out: write_tables(args.out, modes=modes.assign(**about), strata=strata.assign(**about))
     except (ValueError, OSError) as e:
@@ -576,9 +607,11 @@ def evaluate_command(args):
         if warning.category is UserWarning: complain(warning.message)
     lost = sum(f.rows for f in findings if not f.kept)
     if lost:
-        show(f"{lost} rows of the data cannot be used and belong to no split: see rsground data doctor {args.data}")
+        show(f"{lost} rows of the data cannot be used and belong to no split: see rsground data "
+             f"doctor {args.data}")
     show(f"{args.predictions} against {split} of {args.data}, hash {about['hash']}")
-    show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+    show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n"
+         f"{readable(strata.set_index(['stratum', 'group'])).to_string()}")
     return 0
 
 def questions_of(words):
@@ -587,8 +620,8 @@ def questions_of(words):
     *images, expression = words
     if not images and expression.endswith((".jsonl", ".json")): return read_questions(expression)
     if not images or os.path.isfile(expression):
-        raise ValueError(f'an expression is missing after {expression}: use rsground predict IMAGE "EXPRESSION", '
-                         'or give one .jsonl file of questions')
+        raise ValueError(f'an expression is missing after {expression}: use rsground predict '
+                         'IMAGE "EXPRESSION", or give one .jsonl file of questions')
     return [(image, expression, f"{Path(image).stem}:{k}") for k, image in enumerate(images)]
 
 def picture_files(out, count):
@@ -596,7 +629,8 @@ def picture_files(out, count):
     if out is None: return [None] * count
     out = Path(out)
     if out.exists(): raise ValueError(f"{out} exists already: choose another --out")
-    if not out.parent.is_dir(): raise ValueError(f"{out.parent} is not a folder: --out cannot be created there")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is not a folder: --out cannot be created there")
     if (out.suffix == ".png") != (count == 1):
         raise ValueError(f"--out {out}: a .png file is needed for one question, a new folder for several")
     return [out] if count == 1 else [out / f"{k:0{len(str(count))}}.png" for k in range(1, count + 1)]
@@ -650,7 +684,8 @@ def refer_command(args):
     from rsground_nb.data import load_folder, split_hash
     from rsground_nb.refer import count_table, write_refer
     try:
-        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops, args.smallest, args.format, args.images, args.samples)
+        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops,
+                                              args.smallest, args.format, args.images, args.samples)
         hashes = {name: split_hash(part) for name, part in load_folder(args.out)[0].items()}
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
@@ -667,11 +702,13 @@ def split_command(args):
     from rsground_nb.data import split_folder
     try:
         check_numbers(args)
-        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format, args.frame)
+        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format,
+                                               args.frame)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
-    show(f"{table.to_string()}\nuse it as {args.out}@{images}" + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
+    show(f"{table.to_string()}\nuse it as {args.out}@{images}"
+         + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
     return 0
 
 # %% ../nbs/reference/run.ipynb #df1b44e3
@@ -685,8 +722,8 @@ def student_of(args):
     if name in NOTATION: return Codec(name, max_pixels=most)
     try: return student_codec(name, most)
     except OSError:
-        raise ValueError(f"the student {name!r} cannot be read here: use a folder, or a coordinate convention "
-                         f"({', '.join(NOTATION)})") from None
+        raise ValueError(f"the student {name!r} cannot be read here: use a folder, or a "
+                         f"coordinate convention ({', '.join(NOTATION)})") from None
 
 def server_of(args):
     """The chat teacher given by the options, or None for the rule teacher. Raises ValueError for options that
@@ -696,22 +733,28 @@ def server_of(args):
     if args.teacher == "rule":
         given = args.url, args.model, args.key_env, args.settings, args.budget, args.free_text or None
         if set(given) != {None}:
-            raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are for --teacher chat")
+            raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are "
+                             "for --teacher chat")
         return None
     if not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
     named = {} if args.key_env is None else {"key_env": args.key_env}
-    try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
+    try:
+        server = Server(args.url, args.model,
+                        **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text,
+                           **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError, RecursionError) as e:
         known = ", ".join(f.name for f in fields(Server))
         raise ValueError(f"--settings {{…}}: a JSON object with fields of {known} is needed ({e})") from None
-    if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
+    if not server.key() and args.key_env is not None:
+        raise ValueError("--key-env is not the name of an environment variable that is set")
     return server
 
 def command_line(args):
     "The command line as typed, without secrets in --settings."
     from rsground_nb.chat import without_secrets
     words = ["rsground", *sys.argv[1:]]
-    return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings)))) if args.settings else w for w in words)
+    return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings))))
+                    if args.settings else w for w in words)
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
@@ -720,14 +763,19 @@ def cot_command(args):
     from rsground_nb.synthesis import count_verdicts, make_chains
     try:
         check_numbers(args)
-        if not 0 <= args.lowest_iou <= 1: raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
+        if not 0 <= args.lowest_iou <= 1:
+            raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
         server, codec = server_of(args), student_of(args)
         if server and not (Path(args.out) / "replies.sqlite").exists(): Client(server).probe()
         splits, _ = load_data(args.data, get_scale(args.scale), args.seed)
-        if args.split not in splits: raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
-        rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]), len(splits[args.split]))))
-        notes = dict(data=args.data, split=args.split, command=command_line(args), commit=commit(), versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
-        table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget, args.samples, notes)
+        if args.split not in splits:
+            raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
+        rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]),
+                                                   len(splits[args.split]))))
+        notes = dict(data=args.data, split=args.split, command=command_line(args), commit=commit(),
+                     versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget,
+                            args.samples, notes)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
@@ -735,7 +783,8 @@ def cot_command(args):
         print("\nrsground: interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
     counts = count_verdicts(table)
-    show(f"{counts[counts.rows + counts.anywhere > 0].drop(columns='meaning').round(3).to_string()}\nkept and dropped chains: {args.out}/chains.jsonl; to check them, open {args.out}/audit.html")
+    show(f"{counts[counts.rows + counts.anywhere > 0].drop(columns='meaning').round(3).to_string()}\nkept "
+         f"and dropped chains: {args.out}/chains.jsonl; to check them, open {args.out}/audit.html")
     silent = table.trouble[table.verdict == "no_reply"]
     if len(silent): show(f"{len(silent)} rows have no chain, for instance: {silent.iloc[0]}", sys.stderr)
     return int(len(silent) > 0)
