@@ -27,7 +27,9 @@ from rsground_nb.data import load_folder
 began = time.perf_counter()
 splits, findings = load_folder(sys.argv[1], cache=sys.argv[2])
 seconds = time.perf_counter() - began
-print(json.dumps(dict(seconds=round(seconds, 2), peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), rows=sum(map(len, splits.values())), images_opened=len(opened))))
+peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(json.dumps(dict(seconds=round(seconds, 2), peak_mb=peak, rows=sum(map(len, splits.values())),
+                      images_opened=len(opened))))
 """
 
 

@@ -26,9 +26,9 @@ def good(rng):
     x, y, width, height = (rng.uniform(*limits) for limits in ((0, 700), (0, 700), (1, 100), (1, 100)))
     codec = rng.choice(CODECS)
     angle = rng.randint(-90, 90) if GRID.get(codec.name) == 100 and rng.random() < 0.5 else None
-    return (
-        f"<think>Near ({x:.0f}, {y:.0f}).</think>"
-        f"<answer>{rng.choice(['', 'It is here: '])}{codec.write((x, y, x + width, y + height), 800, 800, angle)}</answer>")
+    return (f"<think>Near ({x:.0f}, {y:.0f}).</think>"
+            f"<answer>{rng.choice(['', 'It is here: '])}"
+            f"{codec.write((x, y, x + width, y + height), 800, 800, angle)}</answer>")
 
 
 def mutated(rng, text):

@@ -27,7 +27,8 @@ from rsground_nb.refer import write_refer
 began = time.process_time()
 rows, refused, _ = write_refer(sys.argv[1], sys.argv[2], [int(w) for w in sys.argv[3:]])
 seconds = time.process_time() - began
-print(json.dumps(dict(seconds=round(seconds, 1), sentences=len(rows), **{f"hops {n}": sum(r["hops"] == n for r in rows) for n in (1, 2, 3)}, images_opened=len(opened),
+hops = {f"hops {n}": sum(r["hops"] == n for r in rows) for n in (1, 2, 3)}
+print(json.dumps(dict(seconds=round(seconds, 1), sentences=len(rows), **hops, images_opened=len(opened),
                       refused_by_the_checker=refused["sentence that the checker does not confirm"])))
 """
 

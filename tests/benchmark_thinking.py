@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 
 from rsground_nb.boxes import completion_box, iou
 from rsground_nb.cot import rule_drafts

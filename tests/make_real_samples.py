@@ -17,12 +17,17 @@ LEAST, CROWD = 0.18, 8  # the target's longer side as a share of the window's; p
 
 LICENSE = """# Where these pictures come from
 
-{count} crops of {small} to {large} px of {pictures} aerial pictures, with boxes people drew and sentences made by
-`rsground data refer`. The plane that is asked for takes at least {least:.0%} of the side: the tiny model sees 7 by 7 cells.
+{count} crops of {small} to {large} px of {pictures} aerial pictures, with boxes people drew \
+and sentences made by
+`rsground data refer`. The plane that is asked for takes at least {least:.0%} of the side: \
+the tiny model sees 7 by 7 cells.
 
-The pictures are entries of the data set "aerial_planes" with source "{source}" and license "{license}". They were taken from an export
-(github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; that statement is all that the licence rests on.
-The crops come from the test split, are never used for training, and are saved as JPEG again. Pictures: {names}.
+The pictures are entries of the data set "aerial_planes" with source "{source}" and license \
+"{license}". They were taken from an export
+(github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; \
+that statement is all that the licence rests on.
+The crops come from the test split, are never used for training, and are saved as JPEG again. \
+Pictures: {names}.
 """
 
 

@@ -10,10 +10,8 @@ import subprocess
 import sys
 import zlib
 from contextlib import contextmanager
-from pathlib import Path
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -28,7 +26,7 @@ from rsground_nb.files import read_rows
 from rsground_nb.loading import load_processor
 from rsground_nb.model import to_prompt
 from rsground_nb.reading import Defect, open_pickle, plain_yaml, printable, read_image
-from rsground_nb.run import COURSE, main, new_run, save_run
+from rsground_nb.run import main, new_run, save_run
 from rsground_nb.scale import finish_stage, locked, stage_ready
 from rsground_nb.synthesis import fill_in, synthesise
 

@@ -1,7 +1,6 @@
 """What servers do in the field: the cases of kind "chat" in field_cases, each played by a scripted server."""
 import json
 
-import pytest
 
 from faulty_server import free_port
 from rsground_nb.boxes import parse_completion

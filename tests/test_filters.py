@@ -226,9 +226,11 @@ def test_no_thought_raises():
 # free text
 
 @pytest.mark.parametrize("row", [ROW, KNOWN], ids=["objects unknown", "objects known"])
-@pytest.mark.parametrize("thought", """The bus is at the bottom; the minibus lies left of it. The minibus is at (150, 183).
-The minibus is at the bottom, around (150, 183). There are three vehicles.
-Given the size of the minibus, the box I answer with is small; it stands top left, at (150, 183), and the label on its roof cannot be read.""".split("\n"))
+@pytest.mark.parametrize("thought", [
+    "The bus is at the bottom; the minibus lies left of it. The minibus is at (150, 183).",
+    "The minibus is at the bottom, around (150, 183). There are three vehicles.",
+    "Given the size of the minibus, the box I answer with is small; it stands top left, at (150, 183), "
+    "and the label on its roof cannot be read."])
 def test_no_claim_of_free_text_is_judged(thought, row): assert codes(thought, row) == []
 
 

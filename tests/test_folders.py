@@ -7,19 +7,17 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 
 from conftest import ROOT
 from test_model import small_folder
 from rsground_nb.loading import PROCESSOR_FILES, STOCK, load_processor
-from rsground_nb.model import adapt, load_tiny, load_vlm, make_tiny, student_codec
+from rsground_nb.model import adapt, load_tiny, load_vlm, student_codec
 from rsground_nb.safeguard import save_stage
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
@@ -67,23 +65,28 @@ from PIL import Image
 import transformers
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
-    processor, named = AutoProcessor.from_pretrained(folder), getattr(transformers, name).from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    named = getattr(transformers, name).from_pretrained(folder)
     assert type(processor) is type(named) and type(processor).__name__ == name, type(processor)
-    assert processor.video_processor is not None and not [m for m in sys.modules if m.startswith("rsground_nb")]
-    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # the stand-in for torchvision can do nothing with pictures
+    assert processor.video_processor is not None
+    assert not [m for m in sys.modules if m.startswith("rsground_nb")]
+    # the stand-in for torchvision can do nothing with pictures
+    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate the ship."}]}]
     text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
     batch = processor(text=[text], images=[[Image.new("RGB", (300, 200), "green")]], return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    print(json.dumps([text, batch["input_ids"].tolist(), list(batch["pixel_values"].shape), model(**batch).logits.sum().item(), str(model.dtype)]))
+    print(json.dumps([text, batch["input_ids"].tolist(), list(batch["pixel_values"].shape),
+                      model(**batch).logits.sum().item(), str(model.dtype)]))
 """
 
 # the names of torchvision that transformers wants when it loads a video processor; no picture goes through
 # them
-STAND_IN = {"__init__.py": "__version__ = '0.28.0'", "io.py": "",
-            "transforms/functional.py": "pil_to_tensor = None", "transforms/v2/__init__.py": "",
-            "transforms/v2/functional.py": "", "transforms/__init__.py": "import enum\nInterpolationMode = "
-            "enum.Enum('InterpolationMode', 'NEAREST NEAREST_EXACT BOX BILINEAR HAMMING BICUBIC LANCZOS')"}
+STAND_IN = {
+    "__init__.py": "__version__ = '0.28.0'", "io.py": "", "transforms/functional.py": "pil_to_tensor = None",
+    "transforms/v2/__init__.py": "", "transforms/v2/functional.py": "",
+    "transforms/__init__.py": "import enum\nInterpolationMode = enum.Enum('InterpolationMode', "
+    "'NEAREST NEAREST_EXACT BOX BILINEAR HAMMING BICUBIC LANCZOS')"}
 
 
 def fresh(folders, tmp_path, with_torchvision=True):

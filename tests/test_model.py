@@ -143,7 +143,8 @@ began = time.time()
 model, processor = rsground_nb.model.load_tiny("grpo")
 print("loaded in", time.time() - began)
 from PIL import Image
-print(rsground_nb.model.generate_answers(model, processor, [Image.new("RGB", (112, 112), "green")], ["the red ship"], max_new_tokens=24))
+picture = Image.new("RGB", (112, 112), "green")
+print(rsground_nb.model.generate_answers(model, processor, [picture], ["the red ship"], max_new_tokens=24))
 """
 
 

@@ -131,7 +131,8 @@ def test_few_values_stay_few_and_a_constant_picture_is_no_error():
 
 def deep_png(pixels):
     """A 16-bit RGB PNG, which Pillow reads but does not write."""
-    import struct, zlib
+    import struct
+    import zlib
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from rsground_nb.boxes import Codec, diou, giou, iou, parse_completion
 from conftest import ROOT
 from rsground_nb.rewards import (BoxReward, box_rewards, dious, format_reward, format_score, gious,
-                                 iou_reward, ious, make_rewards, positional, positional_reward, text_of)
+                                 iou_reward, ious, make_rewards, positional, text_of)
 from rsground_nb.rivals import box_explorer, reward_table
 from rsground_nb.train import watched
 
@@ -271,8 +271,9 @@ def test_a_row_without_a_box_earns_none():
                                               (dict(box=[[40, 40, 60, 60]]), "width, height")])
 def test_missing_columns_are_named(columns, missing):
     for f in make_rewards(Codec())[1:]:
-        with pytest.raises(ValueError, match=rf"^{f.__name__} needs the columns box \(\[x1, y1, x2, y2\]\), "
-                           rf"width and height, in pixels of the original image: the rows have no {missing}$"):
+        says = (rf"^{f.__name__} needs the columns box \(\[x1, y1, x2, y2\]\), width and height, "
+                rf"in pixels of the original image: the rows have no {missing}$")
+        with pytest.raises(ValueError, match=says):
             f([RIGHT], **columns)
 
 

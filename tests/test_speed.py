@@ -101,7 +101,8 @@ from rsground_nb.scale import keep_memory
 
 if sys.argv[1] == "keep": keep_memory()
 libc, size = ctypes.CDLL(None), 20 << 20
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 def step():
     blocks = [libc.malloc(size) for _ in range(4)]

@@ -74,11 +74,11 @@ class Pair:
     def kept(self): return self.starts[0].state()["kept"]
     def alive(self): return all(s.process.is_alive() for s in self.starts)
     def kill(self):
-        for start in self.starts: start.kill()
+        for one in self.starts: one.kill()
     def wait(self):
-        for start in self.starts:
-            start.process.join()
-            assert start.process.exitcode == 0, start.words()
+        for one in self.starts:
+            one.process.join()
+            assert one.process.exitcode == 0, one.words()
     def resumed_from(self): return self.starts[0].resumed_from()
 
 
