@@ -17,7 +17,8 @@ class Exercise:
     draw: Callable | None = None     # answer -> a figure or a table of what it does
 
     def check(self, answer) -> str:
-        "'right', 'wrong: ...' with the fault or the error that the answer raised, or 'not answered yet' for None."
+        """'right', 'wrong: ...' with the fault or the error that the answer raised, or
+        'not answered yet' for None."""
         if answer is None: return "not answered yet"
         try: fault = self.find_fault(answer)
         except Exception as problem: fault = f"{type(problem).__name__}: {problem}"

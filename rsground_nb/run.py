@@ -45,7 +45,8 @@ def notebooks_folder() -> Path:
     "The folder nbs/ of the clone that this package is installed from. Raises ValueError if there is none."
     folder = Path(str(files("rsground_nb"))).resolve().parent / "nbs"
     if not (folder / "reference" / "scale.ipynb").is_file():
-        raise ValueError("the notebooks are not beside the package: clone the project and install it with pip install -e '.[dev]'")
+        raise ValueError("the notebooks are not beside the package: clone the project and install it with "
+                         "pip install -e '.[dev]'")
     return folder
 
 # %% ../nbs/reference/run.ipynb #c1b2a186
@@ -55,7 +56,8 @@ def run_chapter(
     show: bool = False,   # a progress bar over its cells
     **parameters,         # scale, seed, out, data
 ):
-    "Execute one notebook. Raises ValueError for a parameter that the chapter does not have, papermill's error if a cell fails."
+    """Execute one notebook. Raises ValueError for a parameter that the chapter does not have,
+    papermill's error if a cell fails."""
     import papermill
 
     def plain(path): return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats its paths
@@ -67,14 +69,17 @@ def run_chapter(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["IN_TEST"] = "1"  # the last cell of a chapter must not export while it is being run
     quiet = ["--IPKernelApp.log_level=50"]  # the kernel's own remarks, not the notebook's output
-    papermill.execute_notebook(source, plain(target), parameters=parameters, progress_bar=show, kernel_name="python3", extra_arguments=quiet)
+    papermill.execute_notebook(source, plain(target), parameters=parameters, progress_bar=show,
+                               kernel_name="python3", extra_arguments=quiet)
 
 # %% ../nbs/reference/run.ipynb #7fa7b98c
 PACKAGES = ("rsground_nb", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 def commit():
     "The commit of the clone, with a + if files were changed since; 'unknown' outside git."
-    def git(*words): return subprocess.run(["git", *words], cwd=notebooks_folder(), capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=notebooks_folder(), capture_output=True, text=True,
+                              check=True).stdout.strip()
     try: return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError): return "unknown"
 
@@ -98,7 +103,8 @@ def what_changed(run, out) -> list:
     versions = {p: version(p) for p in PACKAGES}
     now = dict(folder=str(Path(out).resolve()), commit=commit(), python=platform.python_version(), **versions)
     was = dict(run["versions"], folder=run["out"], commit=run["commit"], python=run["python"])
-    return [f"{name} was {was[name]}, is {now[name]}" for name in now if name in was and was[name] != now[name]]
+    return [f"{name} was {was[name]}, is {now[name]}" for name in now
+            if name in was and was[name] != now[name]]
 
 # %% ../nbs/reference/run.ipynb #41624ccb
 def whole_path(
@@ -113,7 +119,8 @@ def new_run(
     out: str | Path,  # must not exist, or be empty
     scale: str, seed: int, data: str,
 ) -> dict:
-    "Make the folder and the run.json of a new run. Raises ValueError if a setting is wrong or the folder cannot be used."
+    """Make the folder and the run.json of a new run. Raises ValueError if a setting is wrong
+    or the folder cannot be used."""
     out = Path(out).resolve()
     get_scale(scale)
     if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
@@ -122,9 +129,12 @@ def new_run(
         try: load_data(data, get_scale(scale), seed)
         except OSError as e: raise ValueError(f"{data} cannot be read: {e}") from None
         data = whole_path(data)
-    if (out / "run.json").exists(): raise ValueError(f"{out} already holds a run: choose another --out, or continue it with --resume")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
-    run = dict(scale=scale, seed=seed, data=data, out=str(out), command=" ".join(["rsground", *sys.argv[1:]]), started=time.strftime("%Y-%m-%d %H:%M"), commit=commit(),
+    if (out / "run.json").exists():
+        raise ValueError(f"{out} already holds a run: choose another --out, or continue it with --resume")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: choose another --out")
+    run = dict(scale=scale, seed=seed, data=data, out=str(out), command=" ".join(["rsground", *sys.argv[1:]]),
+               started=time.strftime("%Y-%m-%d %H:%M"), commit=commit(),
                python=platform.python_version(), versions={p: version(p) for p in PACKAGES}, chapters={})
     try:
         (out / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -146,7 +156,8 @@ def run_chapters(
             continue
         say(f"[{k:2}/{len(chapters)}] {name} …")
         began = time.time()
-        run_chapter(name, out / "notebooks" / f"{name}.ipynb", show=sys.stderr.isatty(), scale=run["scale"], seed=run["seed"], out=str(out), data=run["data"])
+        run_chapter(name, out / "notebooks" / f"{name}.ipynb", show=sys.stderr.isatty(), scale=run["scale"],
+                    seed=run["seed"], out=str(out), data=run["data"])
         run["chapters"][name] = round(time.time() - began, 1)
         save_run(out, run)
         say(f"[{k:2}/{len(chapters)}] {name}: {run['chapters'][name]:.0f} s")
@@ -249,8 +260,9 @@ def verdict(
 def setbacks(stages) -> list:
     "One sentence for every stage whose change from the stage before lies below 0 with its whole interval."
     lost = stages[stages.change_high < 0]
-    return [f"{r.stage} ends below the stage before it: mean IoU {r.change:+.3f} (95 % interval {r.change_low:+.3f} "
-            f"to {r.change_high:+.3f}, question by question, on {r.split})." for r in lost.itertuples()]
+    return [f"{r.stage} ends below the stage before it: mean IoU {r.change:+.3f} (95 % interval "
+            f"{r.change_low:+.3f} to {r.change_high:+.3f}, question by question, on {r.split})."
+            for r in lost.itertuples()]
 
 def write_report(
     run: dict,           # of new_run or load_run
@@ -291,33 +303,46 @@ def title_of(name):
 # %% ../nbs/reference/run.ipynb #f17136f8
 def cot_options(cot):
     "Add the options of `rsground cot`."
-    cot.add_argument("--out", required=True, help="folder of the chains; the same command again goes on where it stopped")
+    cot.add_argument("--out", required=True,
+                     help="folder of the chains; the same command again goes on where it stopped")
     cot.add_argument("--data", default="scenes", help='as for run; default "scenes"')
     cot.add_argument("--split", default="train", help="default train")
-    cot.add_argument("--scale", default="smoke", help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
-    cot.add_argument("--seed", type=int, default=0, help="of drawn scenes, of the phrasings or the chat teacher's sampling, and of the samples on the page; default 0")
+    cot.add_argument("--scale", default="smoke",
+                     help="sizes of drawn scenes, and the student: smoke (default), workshop or gpu")
+    cot.add_argument("--seed", type=int, default=0, help="of drawn scenes, of the phrasings or the chat "
+                     "teacher's sampling, and of the samples on the page; default 0")
     cot.add_argument("--limit", type=int, help="the first so many rows only")
-    cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate convention of chapter 01 such as qwen3_vl; default: the model of the scale')
+    cot.add_argument("--student", help='who shall learn: "tiny", a model folder, a hub name, or a coordinate '
+                     'convention of chapter 01 such as qwen3_vl; default: the model of the scale')
     cot.add_argument("--max-pixels", type=int, help="of the student's pictures; default: those of the scale")
-    cot.add_argument("--lowest-iou", type=float, default=0.5, help="of an answer with the true box; default 0.5")
+    cot.add_argument("--lowest-iou", type=float, default=0.5,
+                     help="of an answer with the true box; default 0.5")
     cot.add_argument("--samples", type=int, default=12, help="of each verdict on the page; default 12")
-    cot.add_argument("--teacher", choices=("rule", "chat"), default="rule", help="rule (default): needs no model; chat: an OpenAI-compatible server")
+    cot.add_argument("--teacher", choices=("rule", "chat"), default="rule",
+                     help="rule (default): needs no model; chat: an OpenAI-compatible server")
     cot.add_argument("--url", help="of the server, for instance http://localhost:8000/v1")
     cot.add_argument("--model", help="its name on the server")
-    cot.add_argument("--key-env", help="the environment variable that holds the key, if the server wants one; default OPENAI_API_KEY")
+    cot.add_argument("--key-env", help="the environment variable that holds the key, if the server wants "
+                     "one; default OPENAI_API_KEY")
     cot.add_argument("--workers", type=int, default=4, help="requests at the same time; default 4")
-    cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance {"max_tokens": 2048, "timeout": 300}')
-    cot.add_argument("--free-text", action="store_true", help="let the server write sentences instead of fields; they are judged by form, box and leaks alone")
+    cot.add_argument("--settings", help='further fields of the Server of chapter 05c as JSON, for instance '
+                     '{"max_tokens": 2048, "timeout": 300}')
+    cot.add_argument("--free-text", action="store_true", help="let the server write sentences instead of "
+                     "fields; they are judged by form, box and leaks alone")
     cot.add_argument("--budget", type=int, help="tokens that this call may spend; default: no limit")
 
 # %% ../nbs/reference/run.ipynb #7fe65936
 def refer_options(refer):
     "Add the options of `rsground data refer`."
-    refer.add_argument("path", help="a detection dataset: COCO, YOLO, VOC or DOTA; a folder or one of its files")
+    refer.add_argument("path",
+                       help="a detection dataset: COCO, YOLO, VOC or DOTA; a folder or one of its files")
     refer.add_argument("out", help="the new folder, outside of it; --data reads it")
-    refer.add_argument("--window", type=int, nargs="+", default=(), help="sides of windows, px, besides whole pictures")
-    refer.add_argument("--hops", type=int, nargs="+", default=(1, 2, 3), help="numbers of steps to ask for; default 1 2 3")
-    refer.add_argument("--smallest", type=float, default=12, help="no question about a box with a shorter side, px; default 12")
+    refer.add_argument("--window", type=int, nargs="+", default=(),
+                       help="sides of windows, px, besides whole pictures")
+    refer.add_argument("--hops", type=int, nargs="+", default=(1, 2, 3),
+                       help="numbers of steps to ask for; default 1 2 3")
+    refer.add_argument("--smallest", type=float, default=12,
+                       help="no question about a box with a shorter side, px; default 12")
     refer.add_argument("--seed", type=int, default=0, help="default 0")
     refer.add_argument("--samples", type=int, default=60, help="sentences on the page; default 60")
     refer.add_argument("--format", help="the layout of chapter 02b; default: guessed")
@@ -325,14 +350,18 @@ def refer_options(refer):
 
 def predict_options(ask):
     "Add the options of `rsground predict`."
-    ask.usage = 'rsground predict IMAGE [IMAGE ...] "EXPRESSION" [options]\n       rsground predict QUESTIONS.jsonl [options]'
-    ask.add_argument("words", nargs="+", metavar="IMAGE ... EXPRESSION", help="pictures and, last, what to find in each;"
-                     " or one file of questions with the fields image and expression")
-    ask.add_argument("--model", default="tiny-grpo", help='"tiny-grpo" (default), "tiny-sft", "tiny" (asked for the box'
-                     ' alone), a model folder, or a hub name')
+    ask.usage = ('rsground predict IMAGE [IMAGE ...] "EXPRESSION" [options]\n'
+                 '       rsground predict QUESTIONS.jsonl [options]')
+    ask.add_argument("words", nargs="+", metavar="IMAGE ... EXPRESSION",
+                     help="pictures and, last, what to find in each; or one file of questions "
+                     "with the fields image and expression")
+    ask.add_argument("--model", default="tiny-grpo",
+                     help='"tiny-grpo" (default), "tiny-sft", "tiny" (asked for the box alone), '
+                     'a model folder, or a hub name')
     ask.add_argument("--out", help="draw the box: a new .png file, or a new folder for several questions")
-    ask.add_argument("--json", action="store_true", help="print one JSON object a question, boxes in original pixels;"
-                     " rsground evaluate reads it")
+    ask.add_argument("--json", action="store_true",
+                     help="print one JSON object a question, boxes in original pixels; "
+                     "rsground evaluate reads it")
 
 class Parser(argparse.ArgumentParser):
     "argparse that reports a mistake in one line."
@@ -340,43 +369,64 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     "The options of `rsground`. A value that was not given is None, so that --resume can tell."
-    main = Parser(prog="rsground", description="Learn and run reasoning-based visual grounding on aerial images.")
+    main = Parser(prog="rsground",
+                  description="Learn and run reasoning-based visual grounding on aerial images.")
     commands = main.add_subparsers(dest="command", required=True, parser_class=Parser)
     run = commands.add_parser("run", allow_abbrev=False, help="execute all chapters and write a report")
     run.add_argument("--scale", help="smoke (default), workshop or gpu")
     run.add_argument("--seed", type=int, help="default 0")
-    run.add_argument("--data", help='"scenes" (default), a folder in one of the layouts of chapter 02b, or FILE@FOLDER: rows from a manifest, images from a folder')
+    run.add_argument("--data", help='"scenes" (default), a folder in one of the layouts of chapter 02b, or '
+                     'FILE@FOLDER: rows from a manifest, images from a folder')
     run.add_argument("--out", help="folder of the run; default runs/<data>-<scale>-<seed>")
-    run.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest unfinished one in runs/")
+    run.add_argument("--resume", action="store_true",
+                     help="continue the run in --out, or the newest unfinished one in runs/")
     score = commands.add_parser("evaluate", help="score a prediction file under every public convention")
     score.add_argument("predictions", help="JSON lines with expression_id and predicted (chapter 10)")
     score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="of the bootstrap; default 0")
-    score.add_argument("--frame", default="pixel", metavar="NAME", help="that the predictions are written in: pixel (default), shares, percent, thousandths, xywh, or a codec of chapter 01")
+    score.add_argument("--frame", default="pixel", metavar="NAME", help="that the predictions are written "
+                       "in: pixel (default), shares, percent, thousandths, xywh, or a codec of chapter 01")
     score.add_argument("--out", help="write the two tables as CSV files into this new folder")
-    for what in ("missing", "duplicates", "unknown"): score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
-    predict_options(commands.add_parser("predict", allow_abbrev=False, help="ask a model about pictures: its thought, its box, the picture with the box"))
-    cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, filter them, and make a page to check them"))
-    train = commands.add_parser("train", help="train with your own settings, by TRL's names: from a YAML file, on one process or many").add_subparsers(dest="task", required=True, parser_class=Parser)
-    for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")): train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...]; rsground train {stage} --help lists all names")
-    data = commands.add_parser("data", help="look after datasets").add_subparsers(dest="task", required=True, parser_class=Parser)
-    doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, 1 findings, 2 not readable at all")
+    for what in ("missing", "duplicates", "unknown"):
+        score.add_argument(f"--allow-{what}", action="store_true", help=f"{what} ids are no error")
+    predict_options(commands.add_parser(
+        "predict", allow_abbrev=False,
+        help="ask a model about pictures: its thought, its box, the picture with the box"))
+    cot_options(commands.add_parser(
+        "cot", allow_abbrev=False,
+        help="write chains of thought for a dataset, filter them, and make a page to check them"))
+    train = commands.add_parser(
+        "train", help="train with your own settings, by TRL's names: from a YAML file, on one process or many"
+    ).add_subparsers(dest="task", required=True, parser_class=Parser)
+    for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")):
+        train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...]; "
+                         f"rsground train {stage} --help lists all names")
+    data = commands.add_parser("data", help="look after datasets").add_subparsers(
+        dest="task", required=True, parser_class=Parser)
+    doctor = data.add_parser("doctor", help="list every defect of a dataset: exit code 0 nothing found, "
+                             "1 findings, 2 not readable at all")
     doctor.add_argument("path", help="a dataset's folder, or one of its files")
     doctor.add_argument("--format", help="the layout of chapter 02b; default: guessed")
     doctor.add_argument("--images", help="the image folder, if it is not the layout's own")
     doctor.add_argument("--manifest", help="write the good rows as JSON lines into this new file")
     doctor.add_argument("--quick", action="store_true", help="read the headers of images only")
-    doctor.add_argument("--all", action="store_true", help="list all findings, not the first ten of each kind")
-    doctor.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
-    split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with --data FILE@FOLDER")
+    doctor.add_argument("--all", action="store_true",
+                        help="list all findings, not the first ten of each kind")
+    doctor.add_argument("--frame",
+                        help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
+    split = data.add_parser("split", help="write a new split of a dataset as JSON lines; use it with "
+                            "--data FILE@FOLDER")
     split.add_argument("path", help="a dataset's folder")
     split.add_argument("out", help="the new file, outside of it")
-    split.add_argument("--how", default="disjoint", help="disjoint (default): no image in two splits; random: row by row")
+    split.add_argument("--how", default="disjoint",
+                       help="disjoint (default): no image in two splits; random: row by row")
     split.add_argument("--seed", type=int, default=0, help="default 0")
     split.add_argument("--format", help="the layout of chapter 02b; default: guessed")
-    split.add_argument("--frame", help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
-    refer_options(data.add_parser("refer", allow_abbrev=False, help="make sentences about the boxes of a detection dataset"))
+    split.add_argument("--frame",
+                       help="what the boxes are, if not pixels: shares, percent, thousandths, xywh, corners")
+    refer_options(data.add_parser("refer", allow_abbrev=False,
+                                  help="make sentences about the boxes of a detection dataset"))
     return main
 
 # %% ../nbs/reference/run.ipynb #4fa51fa0
@@ -412,11 +462,13 @@ def readable_runs(folders):
         except ValueError as e: complain(f"{e}; it is passed over")
 
 def run_to_resume(args):
-    "The run that --resume means. Raises ValueError if there is none, or if it was started with other settings than those asked for."
+    """The run that --resume means. Raises ValueError if there is none, or if it was started with other
+    settings than those asked for."""
     if args.out: folder, run = args.out, load_run(args.out)
     else:
         slips = sorted(Path("runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-        open_runs = ((f, r) for f, r in readable_runs(p.parent for p in slips) if set(COURSE) - set(r["chapters"]))
+        open_runs = ((f, r) for f, r in readable_runs(p.parent for p in slips)
+                     if set(COURSE) - set(r["chapters"]))
         folder, run = next(open_runs, (None, None))
         if run is None: raise ValueError("no unfinished run in runs/: start one without --resume")
     changed = what_changed(run, folder)
@@ -424,12 +476,15 @@ def run_to_resume(args):
     run = {**run, "out": str(Path(folder).resolve()), "resumed": [*run.get("resumed", []), *changed]}
     asked = dict(scale=args.scale, seed=args.seed, data=args.data and whole_path(args.data))
     for name, value in asked.items():
-        if value is not None and value != run[name]: raise ValueError(f"{run['out']} is a run with {name} {run[name]}, not {value}: leave --{name} out, or start a new run")
+        if value is not None and value != run[name]:
+            raise ValueError(f"{run['out']} is a run with {name} {run[name]}, not {value}: leave --{name} "
+                             "out, or start a new run")
     return run
 
 # %% ../nbs/reference/run.ipynb #e5f63d51
 def listen_for_ctrl_c():
-    "(pressed, restore): a list that fills when Ctrl-C is pressed, which also ends all kernels of this process; a function that puts the old handler back."
+    """(pressed, restore): a list that fills when Ctrl-C is pressed, which also ends all kernels of this
+    process; a function that puts the old handler back."""
     import psutil
 
     pressed = []
@@ -442,7 +497,8 @@ def listen_for_ctrl_c():
 
 # %% ../nbs/reference/run.ipynb #cbf5c205
 def run_command(args):
-    "`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130 (interrupted)."
+    """`rsground run`: exit code 0, 1 (a chapter failed), 2 (bad input, or a folder in use) or 130
+    (interrupted)."""
     try:
         check_numbers(args)
         if args.resume: run = run_to_resume(args)
@@ -466,10 +522,12 @@ def carry_out(run):
     try: run_chapters(run, say=say)
     except (KeyboardInterrupt, Exception) as e:
         if pressed or isinstance(e, KeyboardInterrupt):
-            print(f"\nrsground: interrupted; continue with: rsground run --resume --out {shown}", file=sys.stderr)
+            print(f"\nrsground: interrupted; continue with: rsground run --resume --out {shown}",
+                  file=sys.stderr)
             return 130
         what = f"{e.ename}: {e.evalue}" if hasattr(e, "evalue") else f"{type(e).__name__}: {e}"
-        complain(f"a chapter failed with {what}\nThe notebooks as far as they came are in {shown}/notebooks; after mending: rsground run --resume --out {shown}")
+        complain(f"a chapter failed with {what}\nThe notebooks as far as they came are in {shown}/notebooks; "
+                 f"after mending: rsground run --resume --out {shown}")
         return 1
     finally: restore()
     print(f"done in {(time.time() - began) / 60:.1f} minutes. Open {shown}/report.html")
@@ -480,8 +538,10 @@ def readable(table):
     "The table as text; a metric and its two bounds in one cell."
     def cell(row, name):
         if row[name] != row[name]: return "-"
-        if f"{name}_low" not in row: return str(row[name]) if isinstance(row[name], bool) else f"{row[name]:g}"
-        return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})" if row[name + "_low"] == row[name + "_low"] else "")
+        if f"{name}_low" not in row:
+            return str(row[name]) if isinstance(row[name], bool) else f"{row[name]:g}"
+        return f"{row[name]:.3f}" + (f" ({row[name + '_low']:.3f} to {row[name + '_high']:.3f})"
+                                     if row[name + "_low"] == row[name + "_low"] else "")
     names = [n for n in table.columns if not n.endswith(("_low", "_high"))]
     return table.apply(lambda row: {n: cell(row, n) for n in names}, axis=1, result_type="expand")
 
@@ -511,11 +571,15 @@ def evaluate_command(args):
         path, images = data_parts(args.data)
         splits, findings = load_folder(path, images=images)
         split = args.split or held_out(splits)
-        if split not in splits: raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
-        if args.out and Path(args.out).exists(): raise ValueError(f"{args.out} exists already: choose a new folder")
-        allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates, allow_unknown=args.allow_unknown)
+        if split not in splits:
+            raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
+        if args.out and Path(args.out).exists():
+            raise ValueError(f"{args.out} exists already: choose a new folder")
+        allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates,
+                     allow_unknown=args.allow_unknown)
         with warnings.catch_warnings(record=True) as said:
-            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame, **allow)
+            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame,
+                                          **allow)
         about = dict(split=split, hash=split_hash(splits[split]))
         if args.out: write_tables(args.out, modes=modes.assign(**about), strata=strata.assign(**about))
     except (ValueError, OSError) as e:
@@ -524,9 +588,12 @@ def evaluate_command(args):
     for warning in said:
         if warning.category is UserWarning: complain(warning.message)
     lost = sum(f.rows for f in findings if not f.kept)
-    if lost: show(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data doctor {args.data}")
+    if lost:
+        show(f"{lost} rows of the data cannot be used and are not counted in any split: see rsground data "
+             f"doctor {args.data}")
     show(f"{args.predictions} against {split} of {args.data}, hash {about['hash']}")
-    show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+    show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n"
+         f"{readable(strata.set_index(['stratum', 'group'])).to_string()}")
     return 0
 
 def questions_of(words):
@@ -535,8 +602,8 @@ def questions_of(words):
     *images, expression = words
     if not images and expression.endswith((".jsonl", ".json")): return read_questions(expression)
     if not images or os.path.isfile(expression):
-        raise ValueError(f'an expression is missing behind {expression}: rsground predict IMAGE "EXPRESSION", '
-                         'or one file of questions, .jsonl')
+        raise ValueError(f'an expression is missing behind {expression}: rsground predict '
+                         'IMAGE "EXPRESSION", or one file of questions, .jsonl')
     return [(image, expression, f"{Path(image).stem}:{k}") for k, image in enumerate(images)]
 
 def picture_files(out, count):
@@ -598,7 +665,8 @@ def refer_command(args):
     from rsground_nb.data import load_folder, split_hash
     from rsground_nb.refer import count_table, write_refer
     try:
-        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops, args.smallest, args.format, args.images, args.samples)
+        rows, refused, findings = write_refer(args.path, args.out, args.window, args.seed, args.hops,
+                                              args.smallest, args.format, args.images, args.samples)
         hashes = {name: split_hash(part) for name, part in load_folder(args.out)[0].items()}
     except (ValueError, OSError) as e:
         print(f"rsground: {e}", file=sys.stderr)
@@ -615,46 +683,59 @@ def split_command(args):
     from rsground_nb.data import split_folder
     try:
         check_numbers(args)
-        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format, args.frame)
+        table, images, findings = split_folder(args.path, args.out, args.how, args.seed, args.format,
+                                               args.frame)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
-    show(f"{table.to_string()}\nuse it as {args.out}@{images}" + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
+    show(f"{table.to_string()}\nuse it as {args.out}@{images}"
+         + (f"\n{len(findings)} findings in the files: see rsground data doctor" if findings else ""))
     return 0
 
 # %% ../nbs/reference/run.ipynb #df1b44e3
 def student_of(args):
-    "The codec that `--student`, `--max-pixels` and `--scale` mean. Raises ValueError if no such model can be read."
+    """The codec that `--student`, `--max-pixels` and `--scale` mean. Raises ValueError
+    if no such model can be read."""
     from rsground_nb.boxes import NOTATION, Codec
     from rsground_nb.model import student_codec
     size = get_scale(args.scale)
     name, most = args.student or size.model, args.max_pixels or size.max_pixels
     if name in NOTATION: return Codec(name, max_pixels=most)
     try: return student_codec(name, most)
-    except OSError: raise ValueError(f"the student {name!r} cannot be read here: name a folder, or a coordinate convention ({', '.join(NOTATION)})") from None
+    except OSError:
+        raise ValueError(f"the student {name!r} cannot be read here: name a folder, or a coordinate "
+                         f"convention ({', '.join(NOTATION)})") from None
 
 def server_of(args):
-    "The chat teacher that the options mean, or None for the rule teacher. Raises ValueError for options that do not fit together."
+    """The chat teacher that the options mean, or None for the rule teacher. Raises ValueError for
+    options that do not fit together."""
     from dataclasses import fields
     from rsground_nb.chat import Server
     if args.teacher == "rule":
         given = args.url, args.model, args.key_env, args.settings, args.budget, args.free_text or None
-        if set(given) != {None}: raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are for --teacher chat")
+        if set(given) != {None}:
+            raise ValueError("--url, --model, --key-env, --settings, --free-text and --budget are "
+                             "for --teacher chat")
         return None
     if not (args.url and args.model): raise ValueError("a chat teacher needs --url and --model")
     named = {} if args.key_env is None else {"key_env": args.key_env}
-    try: server = Server(args.url, args.model, **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text, **json.loads(args.settings or "{}")})
+    try:
+        server = Server(args.url, args.model,
+                        **{**named, "workers": args.workers, "seed": args.seed, "free_text": args.free_text,
+                           **json.loads(args.settings or "{}")})
     except (TypeError, json.JSONDecodeError, RecursionError) as e:
         known = ", ".join(f.name for f in fields(Server))
         raise ValueError(f"--settings {{…}}: a JSON object with fields of {known} is needed ({e})") from None
-    if not server.key() and args.key_env is not None: raise ValueError("--key-env is not the name of an environment variable that is set")
+    if not server.key() and args.key_env is not None:
+        raise ValueError("--key-env is not the name of an environment variable that is set")
     return server
 
 def command_line(args):
     "The words that were typed, without secrets in --settings."
     from rsground_nb.chat import without_secrets
     words = ["rsground", *sys.argv[1:]]
-    return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings)))) if args.settings else w for w in words)
+    return " ".join(w.replace(args.settings, json.dumps(without_secrets(json.loads(args.settings))))
+                    if args.settings else w for w in words)
 
 def cot_command(args):
     "`rsground cot`: exit code 0, 1 (rows without a reply), 2 (bad input) or 130 (interrupted)."
@@ -663,14 +744,19 @@ def cot_command(args):
     from rsground_nb.synthesis import count_verdicts, make_chains
     try:
         check_numbers(args)
-        if not 0 <= args.lowest_iou <= 1: raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
+        if not 0 <= args.lowest_iou <= 1:
+            raise ValueError(f"--lowest-iou {args.lowest_iou} is outside 0 to 1")
         server, codec = server_of(args), student_of(args)
         if server and not (Path(args.out) / "replies.sqlite").exists(): Client(server).probe()
         splits, _ = load_data(args.data, get_scale(args.scale), args.seed)
-        if args.split not in splits: raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
-        rows = splits[args.split].select(range(min(args.limit or len(splits[args.split]), len(splits[args.split]))))
-        notes = dict(data=args.data, split=args.split, command=command_line(args), commit=commit(), versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
-        table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget, args.samples, notes)
+        if args.split not in splits:
+            raise ValueError(f"{args.data} has no split {args.split!r}: use one of {', '.join(splits)}")
+        rows = splits[args.split]
+        rows = rows.select(range(min(args.limit or len(rows), len(rows))))
+        notes = dict(data=args.data, split=args.split, command=command_line(args), commit=commit(),
+                     versions=", ".join(f"{p} {version(p)}" for p in PACKAGES))
+        table = make_chains(rows, codec, args.out, server, args.seed, args.lowest_iou, args.budget,
+                            args.samples, notes)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
@@ -678,7 +764,8 @@ def cot_command(args):
         print("\nrsground: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
     counts = count_verdicts(table)
-    show(f"{counts[counts.rows + counts.anywhere > 0].drop(columns='meaning').round(3).to_string()}\nkept and dropped chains: {args.out}/chains.jsonl; to look at them: {args.out}/audit.html")
+    show(f"{counts[counts.rows + counts.anywhere > 0].drop(columns='meaning').round(3).to_string()}\n"
+         f"kept and dropped chains: {args.out}/chains.jsonl; to look at them: {args.out}/audit.html")
     silent = table.trouble[table.verdict == "no_reply"]
     if len(silent): show(f"{len(silent)} rows have no chain, for instance: {silent.iloc[0]}", sys.stderr)
     return int(len(silent) > 0)

@@ -95,7 +95,8 @@ def stage_ready(
     folder: str | Path,  # the stage's own folder, for instance runs/lesson/sft
     **settings,          # what its content depends on, for instance data, seed and all sizes
 ) -> bool:
-    "True if `folder` holds a finished stage made with these settings. Raises ValueError if it was made with others."
+    """True if `folder` holds a finished stage made with these settings. Raises ValueError
+    if it was made with others."""
     slip = Path(folder) / "made_by.json"
     if not slip.exists(): return False
     try: found = dict(json.loads(slip.read_text(encoding="utf-8")))
@@ -104,7 +105,8 @@ def stage_ready(
     differ = [k for k in settings if found.get(k) != settings[k]]
     if differ:
         was, now = (", ".join(f"{k}={d.get(k)!r}" for k in differ) for d in (found, settings))
-        raise ValueError(f"{folder} holds another run ({was}; this one has {now}): choose another `out` or remove the folder")
+        raise ValueError(f"{folder} holds another run ({was}; this one has {now}): choose another `out` "
+                         "or remove the folder")
     return True
 
 # %% ../nbs/reference/scale.ipynb #a539f073

@@ -78,7 +78,9 @@ def train_sft(
 ):
     "Train on the chains and save. Every process of a distributed run calls it."
     start(seed)
-    model, processor = load_vlm(size.sft_from or size.model, size.max_pixels, dtype=training_dtype(size.lora_rank))
+    model, processor = load_vlm(size.sft_from or size.model, size.max_pixels,
+                                dtype=training_dtype(size.lora_rank))
     kept = load_chains(chains, rows, codec_of(model.config.model_type, processor))
-    trainer = sft_trainer(model, processor, kept, size, seed, folder / "trainer", **checkpoints(size.sft_steps))
+    trainer = sft_trainer(model, processor, kept, size, seed, folder / "trainer",
+                          **checkpoints(size.sft_steps))
     train_and_save(trainer, processor, folder, data=split_hash(rows), seed=seed, **asdict(size))

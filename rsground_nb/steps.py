@@ -40,8 +40,8 @@ def check_folder(
 # %% ../nbs/reference/steps.ipynb #7e9a000a
 @dataclass(frozen=True)
 class Run:
-    """A folder and settings. Its steps are made when they are first asked for. Raises ValueError if the folder
-    belongs to another run, is in use or cannot be written to, RuntimeError if a training stops."""
+    """A folder and settings. Its steps are made when they are first asked for. Raises ValueError if the
+    folder belongs to another run, is in use or cannot be written to, RuntimeError if a training stops."""
     folder: str | Path
     data: str = "scenes"          # or a folder in one of the known layouts, or FILE@FOLDER
     scale: str | Scale = "smoke"
