@@ -137,7 +137,7 @@ class Codec:
 
 # %% ../nbs/01_boxes.ipynb #eb2b24f6
 NUMBER = r"(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)"
-BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")  # what the format reward pays for
+BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")  # what the format reward accepts
 NO_TAG = "no <answer>…</answer>: there is no <answer>"
 
 class Parsed(NamedTuple):
@@ -157,7 +157,7 @@ def parse_box(
     text: str,  # an answer without tags
 ) -> Parsed:
     """The first group of four numbers in a public notation; without a group, the only box in any other.
-    A reason instead of an exception if it is no box. Time grows linearly with the length of the text."""
+    If there is no box, gives a reason and raises nothing. Takes time linear in the length of the text."""
     if not isinstance(text, str): return Parsed(None, "not text", "")
     box, reason, angle = box_in(text, tagged=True)
     return Parsed(box, reason, "", angle)
@@ -166,7 +166,7 @@ def parse_completion(
     text: str,  # one completion
 ) -> Parsed:
     """The box of the first <answer> after the last </think>; without that tag, the only box written there.
-    A reason instead of an exception otherwise."""
+    Otherwise gives a reason and raises nothing."""
     if not isinstance(text, str): return Parsed(None, "not text", "")
     thoughts, _, rest = text.rpartition("</think>")
     thinking = thoughts.partition("<think>")[2].strip()
@@ -188,12 +188,12 @@ def completion_box(
     codec: Codec,        # of the model that wrote it
     width, height,       # of the original image
 ) -> tuple | None:
-    "The answered box in original pixels, not turned by a written angle; None if the completion has none."
+    "The answered box in original pixels, ignoring any written angle; None if the completion has no box."
     box = parse_completion(text).box
     return None if box is None else codec.decode(box, width, height)
 
 def draw_boxes(
-    image: Image.Image,  # left as it is
+    image: Image.Image,  # not changed
     true=None,           # box in pixels of `image`, drawn green; None: not drawn
     predicted=None,      # the same, drawn orange
     zoom: float = 1,     # the returned picture is this much larger

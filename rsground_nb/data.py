@@ -27,7 +27,7 @@ def split_hash(
     dataset: Dataset,
 ) -> str:
     """SHA-256 over lines `image<TAB>x1<TAB>y1<TAB>x2<TAB>y2<TAB>expression` in row order, as 64 hexadecimal
-    digits. A tab or a line break inside a text counts as the byte FE or FF, which no text has."""
+    digits. A tab or a line break inside a text is hashed as the byte FE or FF, which UTF-8 never uses."""
     digest = hashlib.sha256()
     def plain(text): return text.encode().replace(b"\t", b"\xfe").replace(b"\n", b"\xff")
     columns = dataset.with_format(None)
@@ -115,7 +115,7 @@ def held_out(
     splits: dict,  # of load_data
 ) -> str:
     """The split to judge a model on: test, else val, else any other but train. 'train' if there is no other,
-    and then the judgement is worth little. Raises ValueError for no splits."""
+    but then the score says little. Raises ValueError for no splits."""
     if not splits: raise ValueError("no usable row, so no split")
     return next(name for name in ("test", "val", *sorted(set(splits) - {"train"}), "train") if name in splits)
 

@@ -106,7 +106,6 @@ def predict(
             found.append({**kept, "answer": answer, "predicted": box, "reason": reason, "iou": hit})
     return found
 
-# %% ../nbs/10_evaluate.ipynb #37dd89e2
 def write_predictions(found, path):
     "Predictions as JSON lines."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -183,14 +182,13 @@ def without_model(train, rows, seed=0):
 
 # %% ../nbs/10_evaluate.ipynb #2673c1e5
 def stage_table(
-    # name -> predictions for the same rows, "constant guess" among them, trained models in order
-    stages: dict,
+    stages: dict,  # name -> predictions for the same rows, with "constant guess"; trained models in order
     size: Scale,   # that they were trained with
     **about,       # more columns: split, hash
 ) -> pd.DataFrame:
-    """One row per stage: the model that it started from and the optimiser steps of this run,
-    metrics, gain over the constant guess, and the change from the trained stage before it, with 95 %
-    intervals over the paired answers."""
+    """One row per stage: the model that it started from and the optimiser steps of this run, metrics, gain
+    over the constant guess, and the change from the trained stage before it, with 95 % intervals over the
+    paired answers."""
     made = {"base": (size.model, 0), "CoT-SFT": (size.sft_from or size.model, size.sft_steps),
             "GRPO": ("CoT-SFT", size.grpo_steps)}
     table, before = [], None

@@ -24,11 +24,11 @@ from .shapes import encode_mask
 @dataclass(eq=False)
 class Thing:
     """One object of a scene; everything in pixels of the scene.
-    Box, centre, area and oriented box are those of the whole outline, also where something hides it."""
+    Box, centre, area and oriented box are those of the whole outline, even if part of it is hidden."""
     category: str
     colour: str
     outline: np.ndarray    # (n, 2) points
-    at: tuple = (0, 0)     # where the unit frame's origin lies
+    at: tuple = (0, 0)     # position of the outline's origin
     length: float = 0.0    # 0: no details are drawn
     angle: float = 0.0     # radians, clockwise on the screen
     visible: float = 1.0   # share of its pixels that nothing hides
@@ -72,10 +72,10 @@ def place(
 
 # %% ../nbs/02_scenes.ipynb #44a22ea6
 def clear_boxes(
-    boxes: np.ndarray,  # (n, 4), in order of precedence
+    boxes: np.ndarray,  # (n, 4), the most important first
     gap: float,         # pixels
 ) -> list:
-    "Indices of boxes that keep more than `gap` from every kept box before them."
+    "Indices of the boxes that are more than `gap` away from every box kept before them."
     x1, y1, x2, y2 = boxes.T
     apart = (x1[:, None] - gap > x2) | (x2[:, None] + gap < x1)
     apart |= (y1[:, None] - gap > y2) | (y2[:, None] + gap < y1)
@@ -107,10 +107,10 @@ class Scene:
 
 def label_map(
     scene: Scene,
-    covers: bool = True,  # False: as if nothing hid them
+    covers: bool = True,  # False: as if there were none
 ) -> np.ndarray:
-    """(side, side) whole numbers: k for the k-th object, counted from 1; 0 for the ground and for what hides
-    an object. A pixel belongs to the object that covers its middle."""
+    """(side, side) whole numbers: k for the k-th object, counted from 1; 0 for the ground and for covers.
+    A pixel belongs to the object that covers its middle."""
     canvas = Image.new("L" if len(scene.things) < 256 else "I", (FINE * scene.side,) * 2)
     pen = ImageDraw.Draw(canvas)
     for k, t in enumerate(scene.things, 1): pen.polygon(fine(t.outline), fill=k, outline=k)
@@ -137,7 +137,7 @@ def fill_scene(rng, style, side, wanted, colours):
     few, many = style.kinds
     categories = rng.permutation(style.categories)[:rng.integers(few, many + 1)].tolist()
     least, most = style.sizes
-    sizes = (least, max(least, min(most, 1.3 / wanted ** 0.5)))  # the more, the smaller
+    sizes = (least, max(least, min(most, 1.3 / wanted ** 0.5)))  # more objects are smaller
     in_a_row = style.crowded and rng.random() < 0.5  # parked side by side, all in one direction
     row = rng.uniform(0, 2 * np.pi) if in_a_row else None
     discs = [k for k, c in enumerate(categories) if c in ROUND]
@@ -167,7 +167,7 @@ def make_scene(
     style: str | Style = "simple",                    # simple, aerial, other, or one of your own
 ) -> Scene:
     """A random scene of `fewest` to `most` objects whose boxes do not touch.
-    Raises ValueError for an unknown style, `most` < `fewest`, or where `fewest` find no room."""
+    Raises ValueError for an unknown style, `most` < `fewest`, or if `fewest` do not fit."""
     look = get_style(style)
     fewest = look.objects[0] if fewest is None else fewest
     most = look.objects[1] if most is None else most
@@ -209,9 +209,9 @@ def scene_records(
     seed: int,            # the same seed and split give the same rows
     side: int = 112,      # pixels
     split: str = "train",
-    rules=None,           # names of RULES; None: those of the style, or all where `hops` are asked for
+    rules=None,           # names of RULES; None: those of the style, or all if `hops` is given
     style: str = "simple",
-    hops=None,            # numbers of steps, in turn: (1, 2, 3) gives a third of each; None: as they come
+    hops=None,            # numbers of steps, in turn: (1, 2, 3) gives a third of each; None: any
 ):
     "Yield `count` records (chapter 3), one scene each. Raises ValueError if 1,000 scenes give no expression."
     if count != int(count) or count < 0: raise ValueError(f"cannot make {count} rows")

@@ -25,7 +25,7 @@ from .synthesis import load_chains
 
 # %% ../nbs/06_sft.ipynb #079f76f6
 class AnswersTrainer(SFTTrainer):
-    "TRL's SFT with the head on scored places only on a CPU, too, as TRL has it on a GPU: the same loss."
+    "TRL's SFT trainer; on a CPU, too, it computes the head for scored tokens only. The loss is the same."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         all_logits = return_outputs or self.label_smoother or self.compute_loss_func
@@ -50,8 +50,9 @@ def sft_trainer(
     out: str | Path,     # working folder of the trainer
     **kwargs,            # to SFTConfig, over what is set here
 ) -> SFTTrainer:
-    """TRL's trainer; LoRA on the language part, or all of it if `scale.lora_rank` is 0; the vision tower is
-    frozen. Raises ValueError if weights of 16 bit would move."""
+    """TRL's trainer for the chains. It trains LoRA on the language part, or all of that part if
+    `scale.lora_rank` is 0; the vision tower is frozen. Raises ValueError if 16-bit weights would be
+    trained."""
     gpu = torch.cuda.is_available()
     rows = scale.sft_batch_size // int(os.environ.get("WORLD_SIZE", 1))  # of this process
     per_pass, often = min(rows, scale.rows_per_pass), max(1, scale.sft_steps // 20)
@@ -74,13 +75,13 @@ def train_sft(
     rows: Dataset,   # of the training split
     chains: Path,    # folder of `make_chains` about these rows
     size: Scale, seed: int,
-    folder: Path,    # gets model, log.csv, weights.csv, and adapter with LoRA; from the first process only
+    folder: Path,    # gets model, log.csv, weights.csv, and the adapter with LoRA; the first process writes
 ):
     "Train on the chains and save. Every process of a distributed run calls it."
     start(seed)
-    model, processor = load_vlm(size.sft_from or size.model, size.max_pixels,
-                                dtype=training_dtype(size.lora_rank))
+    dtype = training_dtype(size.lora_rank)
+    model, processor = load_vlm(size.sft_from or size.model, size.max_pixels, dtype=dtype)
     kept = load_chains(chains, rows, codec_of(model.config.model_type, processor))
-    trainer = sft_trainer(model, processor, kept, size, seed, folder / "trainer",
-                          **checkpoints(size.sft_steps))
+    saving = checkpoints(size.sft_steps)
+    trainer = sft_trainer(model, processor, kept, size, seed, folder / "trainer", **saving)
     train_and_save(trainer, processor, folder, data=split_hash(rows), seed=seed, **asdict(size))

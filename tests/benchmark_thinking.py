@@ -38,7 +38,7 @@ ARMS = {  # template, steps, weight of an answer's token, seeds
     "chains": (REASON, 700, 1, 5),
     "answers": (DIRECT, 700, 1, 5),
     "answers, same minutes": (DIRECT, 1100, 1, 5),
-    "chains, answer x4": (REASON, 700, 4, 2),
+    "chains, answer x4": (REASON, 700, 4, 1),
 }
 RATE, BATCH = 2e-3, 16
 
