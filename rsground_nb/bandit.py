@@ -8,7 +8,7 @@ __all__ = ['TARGET', 'DIAGONAL', 'SPREAD', 'to_boxes', 'weighted', 'adam_step', 
 # %% ../nbs/deeper/bandit.ipynb #5f52b7a2
 import torch
 
-from .rewards import box_rewards, group_advantages, ious
+from .rewards import box_rewards, group_advantages
 
 # %% ../nbs/deeper/bandit.ipynb #01001051
 TARGET = torch.tensor([-0.5, -0.5, 0.5, 0.5], dtype=torch.float64)  # one by one, centred at 0

@@ -18,7 +18,7 @@ from datasets import Dataset
 from pydantic import AfterValidator, ConfigDict, Field
 
 from .boxes import Codec, iou
-from .cues import FIRST, cell_words, centre, holding, in_sequence, outcomes
+from .cues import FIRST, cell_words, centre, holding, in_sequence
 from .grammar import ORDINALS, parse_expression
 
 # %% ../nbs/05_cot.ipynb #7d0a51c1

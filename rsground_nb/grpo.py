@@ -11,7 +11,7 @@ import math
 import torch
 
 from .consistency import group_statistics
-from .guards import WEIGHTS, GuardedTrainer, SpatialGRPOConfig, WeightedBeta
+from .guards import WEIGHTS, GuardedTrainer, WeightedBeta
 from .rewards import parsed, text_of
 
 # %% ../nbs/09_grpo.ipynb #cd9ab008

@@ -75,7 +75,7 @@ def check_image_tokens(trainer):
     its image (Qwen-VL models). Rows of text alone pass."""
     row = next(iter(trainer.train_dataset or []), {})
     images = row.get("images") or [image for image in [row.get("image")] if image is not None]
-    if not images or isinstance(row["prompt"], str): return  # TRL itself refuses an image with a plain-text prompt
+    if not images or isinstance(row["prompt"], str): return  # TRL refuses an image with plain text
     prompt = prepare_multimodal_messages(row["prompt"], images=images)
     ids, _, fields = GRPOTrainer._tokenize_prompts(trainer, [prompt])
     if "image_grid_thw" not in fields: return

@@ -29,7 +29,8 @@ from yaml import YAMLError
 from .boxes import Codec
 from .data import data_parts, load_data
 from .reading import plain_yaml, printable
-from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
+from .grpo import SpatialGRPOTrainer
+from .guards import SpatialGRPOConfig
 from .memory import memory_plan
 from .model import codec_of, load_vlm, lora_config, merged
 from .rewards import REWARD_WEIGHTS, box_rewards, make_rewards

@@ -26,7 +26,7 @@ def kept_bytes(
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): result = run()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): run()
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 # %% ../nbs/reference/memory.ipynb #edd8dd15

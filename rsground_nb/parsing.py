@@ -21,7 +21,8 @@ FORMS = "|".join([LIST, BRACES, POINTS])
 GROUP = re.compile(FORMS.replace(" ", r"\s*+").replace("N", f"(?:{NUMERAL.pattern})"))
 PIECE = re.compile(r"[^\[\](){}<>|,\s]+")     # each number of a group
 
-WIDE = {0xFEE0 + k: k for k in range(0x21, 0x7F)} | str.maketrans("　【】〔〕、−", " [][],-")  # full-width -> ASCII
+# full-width -> ASCII
+WIDE = {0xFEE0 + k: k for k in range(0x21, 0x7F)} | str.maketrans("　【】〔〕、−", " [][],-")
 LARGEST = 1e6  # no image has a side this long
 NO_BOX = "no [x1, y1, x2, y2] in the answer"
 

@@ -55,7 +55,7 @@ class Safeguard(TrainerCallback):
         if not torch.nn.utils.get_total_norm(gradients).isfinite(): raise FloatingPointError(NOT_FINITE)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps: control.should_save = False  # nothing could continue from there
+        if state.global_step >= state.max_steps: control.should_save = False  # nothing would continue from it
 
     def on_save(self, args, state, control, **kwargs):
         if torch.distributed.is_initialized(): torch.distributed.barrier()

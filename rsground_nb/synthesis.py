@@ -215,7 +215,8 @@ def write_audit(
     write_whole(path, fill_in("audit.html", **shown))
 
 # %% ../nbs/reference/synthesis.ipynb #41d40559
-OWN_FILES = ("chains.jsonl", "counts.csv", "audit.html", "made_by.json", "replies.sqlite", "unfinished", "stage")
+OWN_FILES = ("chains.jsonl", "counts.csv", "audit.html", "made_by.json", "replies.sqlite", "unfinished",
+             "stage")
 
 def check_folder(folder):
     "Raise ValueError if the folder holds anything that `make_chains` did not write."

@@ -18,7 +18,8 @@ from datasets import Dataset
 
 from .boxes import Codec
 from .data import split_hash
-from .grpo import SpatialGRPOConfig, SpatialGRPOTrainer
+from .grpo import SpatialGRPOTrainer
+from .guards import SpatialGRPOConfig
 from .model import SPECIAL, adapt, codec_of, load_vlm, to_prompt, training_dtype
 from .rewards import REWARD_WEIGHTS, make_rewards, text_of
 from .scale import Scale, start
@@ -108,7 +109,8 @@ def train_grpo(
     "Train by GRPO on the questions with rivals and save. Every process of a distributed run calls it."
     start(seed)
     model, processor = load_vlm(str(before), size.max_pixels, dtype=training_dtype(size.lora_rank))
-    asked, codec = grpo_rows(with_rivals(rows, size.prompts_per_step)), codec_of(model.config.model_type, processor)
+    asked, codec = (grpo_rows(with_rivals(rows, size.prompts_per_step)),
+                    codec_of(model.config.model_type, processor))
     kept = checkpoints(size.grpo_steps)
     trainer = grpo_trainer(model, processor, asked, codec, size, seed, folder / "trainer", **kept)
     train_and_save(trainer, processor, folder, data=split_hash(rows), seed=seed, **asdict(size))

@@ -1,4 +1,5 @@
-"""Seconds for 1,000 full records (scene, sentence, drawing, mask, oriented box, PNG) of each style, on one core. Not a test.
+"""Seconds for 1,000 full records (scene, sentence, drawing, mask, oriented box, PNG) of each
+style, on one core. Not a test.
 
     python tests/benchmark_scenes.py [--count 1000] [--side 128] [--seed 0] [--out FILE]
 """
@@ -28,14 +29,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="also write the table to this CSV file")
     asked = parser.parse_args()
-    command = f"python tests/benchmark_scenes.py --count {asked.count} --side {asked.side} --seed {asked.seed}"
+    command = (f"python tests/benchmark_scenes.py --count {asked.count} --side {asked.side} "
+               f"--seed {asked.seed}")
     table = [("what", "seconds", "cpu_seconds", "command", "seed")]
     for style in STYLES:
         made, wall, cpu = measure(style, asked.count, asked.side, asked.seed)
-        table.append((f"{made} records of style {style}, {asked.side} px", f"{wall:.2f}", f"{cpu:.2f}", command, asked.seed))
+        table.append((f"{made} records of style {style}, {asked.side} px", f"{wall:.2f}", f"{cpu:.2f}",
+                      command, asked.seed))
     csv.writer(sys.stdout, lineterminator="\n").writerows(table)
     if asked.out:
-        with open(asked.out, "w", newline="", encoding="utf-8") as f: csv.writer(f, lineterminator="\n").writerows(table)
+        with open(asked.out, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__": main()

@@ -3,14 +3,14 @@
     python tests/benchmark_speed.py            both stages; about 5 minutes of one core
     python tests/benchmark_speed.py --stage sft --ways plain head
 
-Each way is a process with one trainer of the shipped model; the processes take turns, one step each (SFT: two),
-so that a busy minute hits all. `ratio` is the geometric mean over rounds of the processor time of `plain` over
-that of the way, with a 95 % t interval; the first round warms up. `share_*` are the parts of a step (`head` is
-part of `forward`). Rows of the setting are replaced in tests/benchmark_speed.csv.
-SFT: all weights, 16 rows of the rule teacher's chains; `rows 8` is what one of two processes does in a step.
-GRPO: 8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 7; 64 rows in a pass, or 16.
-`norms` (torch's F.rms_norm in place of transformers' RMSNorm) and `rows 16` gained less than 5 % or nothing and
-are not used by the package.
+Each way is a process with one trainer of the shipped model; the processes take turns, one step each (SFT:
+two), so that a busy minute hits all. `ratio` is the geometric mean over rounds of the processor time of
+`plain` over that of the way, with a 95 % t interval; the first round warms up. `share_*` are the parts of
+a step (`head` is part of `forward`). Rows of the setting are replaced in tests/benchmark_speed.csv. SFT:
+all weights, 16 rows of the rule teacher's chains; `rows 8` is what one of two processes does in a step.
+GRPO: 8 questions with 8 rollouts of 40 tokens, all weights, rewards of chapter 7; 64 rows in a pass, or
+16. `norms` (torch's F.rms_norm in place of transformers' RMSNorm) and `rows 16` gained less than 5 % or
+nothing and are not used by the package.
 """
 import argparse
 import json

@@ -9,8 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 from hypothesis import settings
 
-settings.register_profile("same", deadline=None, derandomize=True)  # a busy machine is no failure; a commit has one outcome
-settings.register_profile("search", deadline=None, max_examples=1000)  # pytest --hypothesis-profile search: look for more
+# a busy machine is no failure; a commit has one outcome
+settings.register_profile("same", deadline=None, derandomize=True)
+# pytest --hypothesis-profile search: look for more
+settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("same")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RSGROUND_SHARED", ROOT.parent / "shared")).resolve()
@@ -32,7 +34,8 @@ def lines_run(work):
 
 def said_by_checks(notebook, tag="check"):
     """What the cells with a tag of an executed notebook answered, one text each."""
-    return ["".join(o["data"]["text/plain"] for o in c.outputs if "data" in o) for c in notebook.cells if tag in c.metadata.get("tags", [])]
+    return ["".join(o["data"]["text/plain"] for o in c.outputs if "data" in o)
+            for c in notebook.cells if tag in c.metadata.get("tags", [])]
 
 
 def pytest_collection_modifyitems(items):
@@ -48,7 +51,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder with shared test data. Absent on a fork's machine: skip. Absent although RSGROUND_SHARED names it: fail."""
+    """The folder with shared test data. Absent on a fork's machine: skip. Absent although
+    RSGROUND_SHARED names it: fail."""
     if (SHARED / "data").is_dir(): return SHARED / "data"
     assert "RSGROUND_SHARED" not in os.environ, f"RSGROUND_SHARED is set, but {SHARED}/data does not exist"
     pytest.skip("shared test data are not on this machine (set RSGROUND_SHARED or put them in ../shared)")
@@ -62,5 +66,7 @@ def smoke_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke") / "run"
     assert main(["run", "--out", str(out)]) == 0
     for name in ORDER:
-        if name not in COURSE: run_chapter(name, out / "notebooks" / f"{name}.ipynb", scale="smoke", seed=0, out=str(out), data="scenes")
+        if name not in COURSE:
+            run_chapter(name, out / "notebooks" / f"{name}.ipynb", scale="smoke", seed=0, out=str(out),
+                        data="scenes")
     return out

@@ -1,6 +1,8 @@
-"""Choose the real crops of the package and write them to rsground_nb/assets/real: python tests/make_real_samples.py AERIAL_PLANES
+"""Choose the real crops of the package and write them to rsground_nb/assets/real: python
+tests/make_real_samples.py AERIAL_PLANES
 
-Only pictures of the test split whose entry says "Public Domain" are taken: the test split is never trained on, and these pictures may be shipped.
+Only pictures of the test split whose entry says "Public Domain" are taken: the test split is never trained
+on, and these pictures may be shipped.
 """
 import json
 import sys
@@ -15,12 +17,17 @@ LEAST, CROWD = 0.18, 8  # the target's longer side as a share of the window's; p
 
 LICENSE = """# Where these pictures come from
 
-{count} crops of {small} to {large} px of {pictures} aerial pictures, with boxes people drew and sentences made by
-`rsground data refer`. The plane that is asked for takes at least {least:.0%} of the side: the tiny model sees 7 by 7 cells.
+{count} crops of {small} to {large} px of {pictures} aerial pictures, with boxes people drew \
+and sentences made by
+`rsground data refer`. The plane that is asked for takes at least {least:.0%} of the side: \
+the tiny model sees 7 by 7 cells.
 
-The pictures are entries of the data set "aerial_planes" with source "{source}" and license "{license}". They were taken from an export
-(github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; that statement is all that the licence rests on.
-The crops come from the test split, are never used for training, and are saved as JPEG again. Pictures: {names}.
+The pictures are entries of the data set "aerial_planes" with source "{source}" and license \
+"{license}". They were taken from an export
+(github.com/bryceag11/yolov5_obb at 5219534, dataset/roboflow) whose README states Public Domain; \
+that statement is all that the licence rests on.
+The crops come from the test split, are never used for training, and are saved as JPEG again. \
+Pictures: {names}.
 """
 
 
@@ -60,10 +67,14 @@ def main(folder):
     flat = {image_name(r): Path(image_name(r)).name for r in rows}
     for name, short in flat.items(): (TARGET / name).rename(TARGET / short)
     (TARGET / "images" / "test").rmdir(); (TARGET / "images").rmdir()
-    (TARGET / "test.jsonl").write_text("".join(as_line(r, flat[image_name(r)]) for r in rows), encoding="utf-8")
+    (TARGET / "test.jsonl").write_text("".join(as_line(r, flat[image_name(r)]) for r in rows),
+                                       encoding="utf-8")
     pictures, widths = sorted({r["image_id"] for r in rows}), [r["width"] for r in rows]
-    (TARGET / "LICENSE.md").write_text(LICENSE.format(count=len(rows), pictures=len(pictures), small=min(widths), large=max(widths), least=LEAST, source=source, license=license, names=", ".join(pictures)), encoding="utf-8")
-    print(f"{len(rows)} crops, {sum(p.stat().st_size for p in TARGET.iterdir()):,} bytes, hops {dict(Counter(r['hops'] for r in rows))}, {dict(Counter(r['source'] for r in rows))}")
+    (TARGET / "LICENSE.md").write_text(LICENSE.format(count=len(rows), pictures=len(pictures), small=min(
+        widths), large=max(widths), least=LEAST, source=source, license=license, names=", ".join(pictures)),
+                                       encoding="utf-8")
+    print(f"{len(rows)} crops, {sum(p.stat().st_size for p in TARGET.iterdir()):,} bytes, hops "
+          f"{dict(Counter(r['hops'] for r in rows))}, {dict(Counter(r['source'] for r in rows))}")
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]))

@@ -1,4 +1,5 @@
-"""Thoughts with one known defect each, made by construction of their fields; used by the tests and by benchmark_chains.py."""
+"""Thoughts with one known defect each, made by construction of their fields; used by the tests
+and by benchmark_chains.py."""
 from copy import deepcopy
 
 from rsground_nb.boxes import iou
@@ -6,9 +7,12 @@ from rsground_nb.cot import Candidate, Cue, make_thought, render
 from rsground_nb.cues import outcomes
 from rsground_nb.filters import find_faults, verdict
 
-PLANTED = ("ok", "no_thought", "no_box", "outside", "wrong_frame", "wrong_box", "leak", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome", "wrong_decision")
-LEAKS = ("The given box confirms this.", "As annotated, this is the one.", "I was told where it is.", "The prompt lists these coordinates.", "I must not mention the ground truth.")
-ELSEWHERE = ("nowhere", "leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest", "top left", "bottom half", "green")
+PLANTED = ("ok", "no_thought", "no_box", "outside", "wrong_frame", "wrong_box", "leak", "wrong_anchor",
+           "misread", "wrong_candidate", "missing_candidate", "wrong_outcome", "wrong_decision")
+LEAKS = ("The given box confirms this.", "As annotated, this is the one.", "I was told where it is.",
+         "The prompt lists these coordinates.", "I must not mention the ground truth.")
+ELSEWHERE = ("nowhere", "leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest", "top left",
+             "bottom half", "green")
 
 
 def pick(rng, things): return things[int(rng.integers(len(things)))] if things else None
@@ -23,7 +27,9 @@ def outside(thought, row, rng):
 
 def wrong_frame(thought, row, rng):
     (x1, y1, x2, y2), sides = thought.box, (row["width"], row["height"]) * 2
-    thought.box = pick(rng, [[1000 * v / s for v, s in zip(thought.box, sides)], [v / s for v, s in zip(thought.box, sides)], [y1, x1, y2, x2], [x1, y1, x2 - x1, y2 - y1]])
+    thought.box = pick(rng, [[1000 * v / s for v, s in zip(thought.box, sides)],
+                             [v / s for v, s in zip(thought.box, sides)], [y1, x1, y2, x2],
+                             [x1, y1, x2 - x1, y2 - y1]])
     x1, y1, x2, y2 = thought.box
     return thought if x1 < x2 and y1 < y2 and iou(thought.box, row["box"]) < 0.4 else None
 
@@ -33,7 +39,8 @@ def wrong_box(thought, row, rng):
     for _ in range(50):
         dx, dy = rng.uniform(-1, 1, 2) * (row["width"], row["height"])
         new = [x1 + dx, y1 + dy, x2 + dx, y2 + dy]
-        if min(new) >= 0 and new[2] <= row["width"] and new[3] <= row["height"] and iou(new, row["box"]) < 0.3:
+        if (min(new) >= 0 and new[2] <= row["width"] and new[3] <= row["height"]
+            and iou(new, row["box"]) < 0.3):
             thought.box = new
             return thought
 
@@ -61,9 +68,11 @@ def misread(thought, row, rng):
 
 
 def wrong_candidate(thought, row, rng):
-    k, j = pick(rng, [(k, j) for k, step in enumerate(thought.steps) for j in range(len(step.candidates)) if not (k == len(thought.steps) - 1 and j == thought.decision)]) or (None, None)
+    k, j = pick(rng, [(k, j) for k, step in enumerate(thought.steps) for j in range(len(step.candidates))
+                      if not (k == len(thought.steps) - 1 and j == thought.decision)]) or (None, None)
     way = rng.random()
-    free = [[x, y, x + 9.0, y + 9.0] for x in range(0, row["width"] - 9, 12) for y in range(0, row["height"] - 9, 12)]
+    free = [[x, y, x + 9.0, y + 9.0] for x in range(0, row["width"] - 9, 12)
+            for y in range(0, row["height"] - 9, 12)]
     free = [box for box in free if not any(iou(box, o["box"]) for o in row["objects"])]
     if way < 0.3 or k is None:
         step = pick(rng, thought.steps)
@@ -72,14 +81,17 @@ def wrong_candidate(thought, row, rng):
         return thought
     it = thought.steps[k].candidates[j]
     if way < 0.55 and free: it.box = pick(rng, free)
-    elif way < 0.8: it.category = next(c for c in ("ship", "windmill") if c != it.category and not any(o["category"] == c and iou(o["box"], it.box) for o in row["objects"]))
+    elif way < 0.8:
+        it.category = next(c for c in ("ship", "windmill") if c != it.category
+                           and not any(o["category"] == c and iou(o["box"], it.box) for o in row["objects"]))
     else: it.colour = next(c for c in ("red", "blue") if c != it.colour)
     return thought
 
 
 def missing_candidate(thought, row, rng):
     """Left out of every step that has it, so that the Thought agrees with itself."""
-    k, j = pick(rng, [(k, j) for k, step in enumerate(thought.steps) for j in range(len(step.candidates)) if j not in step.left]) or (None, None)
+    k, j = pick(rng, [(k, j) for k, step in enumerate(thought.steps)
+                      for j in range(len(step.candidates)) if j not in step.left]) or (None, None)
     if k is None: return None
     step = thought.steps[k]
     del step.candidates[j]
@@ -109,7 +121,9 @@ def wrong_decision(thought, row, rng):
     return thought if others else None
 
 
-FIELDS = dict(ok=lambda thought, row, rng: thought, outside=outside, wrong_frame=wrong_frame, wrong_box=wrong_box, wrong_anchor=wrong_anchor, misread=misread, wrong_candidate=wrong_candidate,
+FIELDS = dict(ok=lambda thought, row, rng: thought, outside=outside, wrong_frame=wrong_frame,
+              wrong_box=wrong_box, wrong_anchor=wrong_anchor, misread=misread,
+              wrong_candidate=wrong_candidate,
               missing_candidate=missing_candidate, wrong_outcome=wrong_outcome, wrong_decision=wrong_decision)
 
 
@@ -119,13 +133,16 @@ def plant(code, row, codec, rng):
     if not thought: return None
     text = render(thought, codec, row["width"], row["height"])
     if code == "no_thought": text = text[text.index("<answer>"):]
-    if code == "no_box": text = text[:text.index("</think>") - int(rng.integers(5))] if rng.random() < 0.5 else text.replace("<answer>", "").replace("</answer>", "")
+    if code == "no_box":
+        text = (text[:text.index("</think>") - int(rng.integers(5))] if rng.random() < 0.5
+                else text.replace("<answer>", "").replace("</answer>", ""))
     if code == "leak": text = text.replace("<think>", f"<think>{pick(rng, LEAKS)} ")
     return text, thought
 
 
 def planted(rows, codec, rng, codes=PLANTED):
-    """(code, row, completion, Thought) for each row: the codes in turn; the next one where a row cannot have it."""
+    """(code, row, completion, Thought) for each row: the codes in turn; the next one
+    where a row cannot have it."""
     waiting = []
     for row in rows:
         waiting += [code for code in codes if code not in waiting] if not waiting else []

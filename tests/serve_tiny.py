@@ -2,7 +2,8 @@
 
     python tests/serve_tiny.py PORT LOG
 
-A request adds a line to LOG when it has arrived, and another when its answer has left: time, SHA-256 of the body (as JSON with sorted keys), "asked" or the HTTP status.
+A request adds a line to LOG when it has arrived, and another when its answer has left: time, SHA-256 of the
+body (as JSON with sorted keys), "asked" or the HTTP status.
 """
 import json
 import os
@@ -19,7 +20,8 @@ class Logged:
     def __init__(self, app, path): self.app, self.path = app, path
 
     def write(self, what, body):
-        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(time=time.time(), hash=body_hash(json.loads(body)), what=what)) + "\n")
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(dict(time=time.time(), hash=body_hash(json.loads(body)), what=what)) + "\n")
 
     async def __call__(self, scope, receive, send):
         if scope.get("path") != "/v1/chat/completions": return await self.app(scope, receive, send)
@@ -43,9 +45,11 @@ if __name__ == "__main__":
 
     from rsground_nb.loading import ASSETS, load_processor
 
-    AutoProcessor.from_pretrained = lambda folder, **_: load_processor(folder, 112 * 112)  # transformers' own needs torchvision
+    # transformers' own needs torchvision
+    AutoProcessor.from_pretrained = lambda folder, **_: load_processor(folder, 112 * 112)
     build = server.build_server
     server.build_server = lambda *args, **more: Logged(build(*args, **more), sys.argv[2])
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # as its parent does
+    # as its parent does
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     torch.set_num_threads(1)
     Serve(force_model=str(ASSETS / "tiny"), port=int(sys.argv[1]), host="127.0.0.1", device="cpu")

@@ -26,9 +26,11 @@ def test_a_completion_means_this_box(shared, case):
 @of_kind("scorer")
 def test_a_mode_says_what_the_original_says(shared, case):
     given, none = case["input"], [np.nan] * 4
-    row = compare_modes([given["predicted"] or none], [given["true"]], [given["width_height"]], ["a"], [given["mode"]], draws=2).iloc[0]
+    row = compare_modes([given["predicted"] or none], [given["true"]], [given["width_height"]], ["a"],
+                        [given["mode"]], draws=2).iloc[0]
     if given["predicted"] is not None: assert row.meanIoU == pytest.approx(case["expected"], abs=1e-3)
     else:  # a row without an answer: cumIoU is that of the other rows
         assert np.isnan(row.cumIoU)
-        two = compare_modes([none, [0, 0, 256, 256]], [given["true"], [0, 0, 256, 256]], [given["width_height"]] * 2, ["a", "b"], [given["mode"]], draws=2).iloc[0]
+        two = compare_modes([none, [0, 0, 256, 256]], [given["true"], [0, 0, 256, 256]],
+                            [given["width_height"]] * 2, ["a", "b"], [given["mode"]], draws=2).iloc[0]
         assert two.cumIoU == pytest.approx(1, abs=1e-3) and two.meanIoU == pytest.approx(0.5, abs=1e-3)

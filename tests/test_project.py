@@ -158,7 +158,8 @@ def test_running_an_edited_notebook_leaves_the_package_as_it_is(tmp_path, monkey
     files = sorted((ROOT / "rsground_nb").glob("*.py"))
     before = [p.read_bytes() for p in files]
     folder = str(ROOT / "nbs" / "reference")
-    papermill.execute_notebook(tmp_path / "exercises.ipynb", tmp_path / "done.ipynb", cwd=folder, progress_bar=False)
+    papermill.execute_notebook(tmp_path / "exercises.ipynb", tmp_path / "done.ipynb", cwd=folder,
+                               progress_bar=False)
     assert [p.read_bytes() for p in files] == before
     assert "EDITED" in (tmp_path / "done.ipynb").read_text(encoding="utf-8")
 

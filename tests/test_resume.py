@@ -10,7 +10,8 @@ RSGROUND = [sys.executable, "-c", "import sys; from rsground_nb.run import main;
 
 def test_interrupted_and_resumed(tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen([*RSGROUND, "run", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*RSGROUND, "run", "--out", str(out)], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if "02_scenes …" in line: break
     time.sleep(1)
@@ -19,10 +20,12 @@ def test_interrupted_and_resumed(tmp_path):
     assert process.wait(60) == 130 and "rsground run --resume --out" in said
     assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_tour", "01_boxes"]
     first = (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns
-    process = subprocess.Popen([*RSGROUND, "run", "--resume", "--out", str(out)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*RSGROUND, "run", "--resume", "--out", str(out)], stdout=subprocess.PIPE,
+                               text=True)
     for line in process.stdout:
         if "02_scenes:" in line: break
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_tour", "01_boxes", "02_scenes"]
+    assert list(json.loads((out / "run.json").read_text())["chapters"]) == ["00_tour", "01_boxes",
+                                                                            "02_scenes"]
     assert (out / "notebooks" / "01_boxes.ipynb").stat().st_mtime_ns == first

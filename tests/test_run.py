@@ -1,4 +1,5 @@
-"""The whole run: every chapter through papermill, then what it left behind; and every way to ask for it wrongly."""
+"""The whole run: every chapter through papermill, then what it left behind; and every way to ask for it
+wrongly."""
 import json
 import re
 
@@ -38,7 +39,8 @@ def test_training_left_curves_and_moved_all_but_the_tower(smoke_run):
         weights = pd.read_csv(smoke_run / stage / "weights.csv", index_col="weights")
         assert weights.loc["frozen", "before"] == weights.loc["frozen", "after"], stage
         assert weights.loc["trained", "before"] != weights.loc["trained", "after"], stage
-        assert (smoke_run / stage / "model" / "model.safetensors").is_file() and not (smoke_run / stage / "adapter").exists()
+        assert ((smoke_run / stage / "model" / "model.safetensors").is_file()
+                and not (smoke_run / stage / "adapter").exists())
     log = pd.read_csv(smoke_run / "grpo" / "log.csv")
     assert list(log.step) == list(range(1, get_scale("smoke").grpo_steps + 1))
     assert log["reward"].notna().all() and log["reward"].std() > 0
@@ -68,12 +70,15 @@ def test_most_answers_can_be_read_after_sft(smoke_run):
 
 def test_every_stage_answers_the_drawn_and_the_real_questions(smoke_run):
     table = pd.read_csv(smoke_run / "stages.csv").set_index(["split", "stage"])
-    for split, rows in {"test": load_data("scenes", get_scale("smoke"), 0)[0]["test"], "real": load_real_samples()}.items():
+    for split, rows in {"test": load_data("scenes", get_scale("smoke"), 0)[0]["test"],
+                        "real": load_real_samples()}.items():
         for stage in STAGES:
-            found, row = read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl"), table.loc[(split, stage)]
+            found, row = (read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl"),
+                          table.loc[(split, stage)])
             assert [p["expression_id"] for p in found] == rows["expression_id"][:] and row.N == len(rows)
             assert row["Acc@0.5"] == pytest.approx(sum(p["iou"] >= 0.5 for p in found) / len(found))
-            assert row["Acc@0.5_low"] <= row["Acc@0.5"] <= row["Acc@0.5_high"] and row["Acc@0.5_low"] < row["Acc@0.5_high"]
+            assert (row["Acc@0.5_low"] <= row["Acc@0.5"] <= row["Acc@0.5_high"]
+                    and row["Acc@0.5_low"] < row["Acc@0.5_high"])
     said = summary(smoke_run)
     for split, label in (("test", "drawn"), ("real", "real")):
         values = " -> ".join(f"{v:.2f}" for v in table.loc[split]["Acc@0.5"][list(STAGES)])
@@ -84,26 +89,35 @@ def test_the_report_begins_with_pictures_and_shows_every_stage(smoke_run):
     page = (smoke_run / "report.html").read_text()
     order = ['class="card"', 'class="stages"', 'class="curves"', "<table"]
     assert [page.index(what) for what in order] == sorted(page.index(what) for what in order)
-    assert page.index("Real pictures, never trained on") < page.index("Drawn pictures, held out") < page.index('class="stages"')
-    found = [p for stage in STAGES for split in ("test", "real") for p in read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl")[:12]]
+    assert (page.index("Real pictures, never trained on") < page.index("Drawn pictures, held out")
+            < page.index('class="stages"'))
+    found = [p for stage in STAGES for split in ("test", "real")
+             for p in read_predictions(smoke_run / "predictions" / f"{stage}_{split}.jsonl")[:12]]
     boxes = page.count('class="card"') * 2 + sum(p["predicted"] is not None for p in found)
-    assert page.count('class="card"') == 24 and page.count("<rect") == boxes + 2 + len(STAGES)  # and the legend
+    # and the legend
+    assert page.count('class="card"') == 24 and page.count("<rect") == boxes + 2 + len(STAGES)
 
 
 def test_a_card_has_every_stage_and_is_escaped(tmp_path):
-    rows = to_dataset([dict(expression="<b>plane</b>", image=Image.new("RGB", (640, 320)), width=640, height=320, box=[0, 0, 10, 10])])
+    rows = to_dataset([dict(expression="<b>plane</b>", image=Image.new("RGB", (640, 320)), width=640,
+                            height=320, box=[0, 0, 10, 10])])
     for stage, box in zip(STAGES, (None, [0, 0, 9, 9], [0, 0, 10, 10])):
         answer = "" if box is None else f"<think>{stage} <i></think><answer>[0, 0, 9, 9]</answer>"
-        write_predictions([dict(answer=answer, predicted=box, reason="empty", iou=0.5)], tmp_path / f"{stage}_test.jsonl")
+        write_predictions([dict(answer=answer, predicted=box, reason="empty", iou=0.5)],
+                          tmp_path / f"{stage}_test.jsonl")
     card, = gallery(tmp_path, rows, "test")
-    assert [a["predicted"] for a in card["answers"]] == [None, [0, 0, 9, 9], [0, 0, 10, 10]] and card["thought"] == "GRPO <i>"
-    assert (card["width"], card["height"]) == (640, 320) and card["picture"].startswith("data:image/png;base64,")
+    assert ([a["predicted"] for a in card["answers"]] == [None, [0, 0, 9, 9], [0, 0, 10, 10]]
+            and card["thought"] == "GRPO <i>")
+    assert ((card["width"], card["height"]) == (640, 320)
+            and card["picture"].startswith("data:image/png;base64,"))
 
 
 def test_stages_say_what_was_shipped_and_what_was_trained_just_now(smoke_run):
-    size, rows = get_scale("smoke"), pd.read_csv(smoke_run / "stages.csv").query("split == 'test'").set_index("stage")
+    size, rows = (get_scale("smoke"),
+                  pd.read_csv(smoke_run / "stages.csv").query("split == 'test'").set_index("stage"))
     told = {name: (rows.start[name], rows.steps[name]) for name in ("base", "CoT-SFT", "GRPO")}
-    assert told == {"base": ("tiny", 0), "CoT-SFT": ("tiny-sft", size.sft_steps), "GRPO": ("CoT-SFT", size.grpo_steps)}
+    assert told == {"base": ("tiny", 0), "CoT-SFT": ("tiny-sft", size.sft_steps),
+                    "GRPO": ("CoT-SFT", size.grpo_steps)}
     page = (smoke_run / "report.html").read_text()
     assert "tiny-sft (shipped)" in page and "tiny (shipped)" in page
     for name, before in (("CoT-SFT", "base"), ("GRPO", "CoT-SFT")):
@@ -112,14 +126,19 @@ def test_stages_say_what_was_shipped_and_what_was_trained_just_now(smoke_run):
 
 
 def test_no_stage_of_a_smoke_run_ends_below_the_one_before(smoke_run):
-    assert setbacks(pd.read_csv(smoke_run / "stages.csv")) == [] and 'class="setback"' not in (smoke_run / "report.html").read_text()
+    assert (setbacks(pd.read_csv(smoke_run / "stages.csv")) == []
+            and 'class="setback"' not in (smoke_run / "report.html").read_text())
 
 
 def test_a_stage_that_loses_is_told_in_red():
-    def answers(*ious): return [dict(image_id=str(k), box=[0, 0, 10, 10], predicted=[0, 0, 10, 10 * v]) | dict(iou=v) for k, v in enumerate(ious)]
-    stages = {"constant guess": answers(0.1, 0.1, 0.1), "base": answers(0.5, 0.5, 0.6), "CoT-SFT": answers(0.2, 0.1, 0.3), "GRPO": answers(0.2, 0.5, 0.1)}
+    def answers(*ious):
+        return [dict(image_id=str(k), box=[0, 0, 10, 10], predicted=[0, 0, 10, 10 * v]) | dict(iou=v)
+                for k, v in enumerate(ious)]
+    stages = {"constant guess": answers(0.1, 0.1, 0.1), "base": answers(0.5, 0.5, 0.6),
+              "CoT-SFT": answers(0.2, 0.1, 0.3), "GRPO": answers(0.2, 0.5, 0.1)}
     table = stage_table(stages, get_scale("workshop"), split="test", hash="x")
-    assert table.start.tolist()[1:] == ["tiny", "tiny", "CoT-SFT"] and table.steps.tolist()[1:] == [0, 700, 120]
+    assert (table.start.tolist()[1:] == ["tiny", "tiny", "CoT-SFT"]
+            and table.steps.tolist()[1:] == [0, 700, 120])
     (said,) = setbacks(table)
     assert said.startswith("CoT-SFT is worse than the stage before it: mean IoU -0.333")
 
@@ -128,8 +147,10 @@ def test_a_run_keeps_its_chains_and_learned_from_all_that_passed(smoke_run):
     table = read_table(smoke_run / "chains" / "chains.jsonl")
     splits, _ = load_data("scenes", get_scale("smoke"), 0)
     assert list(table.expression_id) == splits["train"]["expression_id"][:]
-    assert (smoke_run / "chains" / "audit.html").is_file() and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table)
-    assert len(load_chains(smoke_run / "chains", splits["train"], student_codec())) == (table.verdict == "ok").sum() > 0
+    assert ((smoke_run / "chains" / "audit.html").is_file()
+            and pd.read_csv(smoke_run / "chains" / "counts.csv").rows.sum() == len(table))
+    assert (len(load_chains(smoke_run / "chains", splits["train"], student_codec()))
+            == (table.verdict == "ok").sum() > 0)
     assert Run(smoke_run).chains == smoke_run / "chains"
 
 
@@ -147,8 +168,10 @@ def test_run_json_tells_how_it_was_made(smoke_run):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--scale", "smokey"], "unknown scale 'smokey'"), (["--data", "no/such/folder"], "is not a folder"), (["--data", "tests"], "none of the known layouts"),
-    (["--seed", "-4"], "--seed -4: at least 0"), (["--seed", "x"], "invalid int value"), (["--sede", "3"], "unrecognized arguments: --sede"), (["--resume"], "holds no run to resume")])
+    (["--scale", "smokey"], "unknown scale 'smokey'"), (["--data", "no/such/folder"], "is not a folder"),
+    (["--data", "tests"], "none of the known layouts"),
+    (["--seed", "-4"], "--seed -4: at least 0"), (["--seed", "x"], "invalid int value"),
+    (["--sede", "3"], "unrecognized arguments: --sede"), (["--resume"], "holds no run to resume")])
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, message):
     try: code = main(["run", *words, "--out", str(tmp_path / "x")])
     except SystemExit as stop: code = stop.code
@@ -161,17 +184,21 @@ def test_no_folder_is_written_over(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
     assert main(["run", "--out", str(tmp_path)]) == 2 and "not an empty folder" in capsys.readouterr().err
-    assert main(["run", "--out", str(tmp_path / "file" / "below")]) == 2 and "cannot" in capsys.readouterr().err
+    assert (main(["run", "--out", str(tmp_path / "file" / "below")]) == 2
+            and "cannot" in capsys.readouterr().err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine.txt"]
 
 
 def test_the_folder_of_another_run_is_refused(smoke_run, capsys):
     kept = (smoke_run / "metrics.csv").read_bytes()
     assert main(["run", "--out", str(smoke_run)]) == 2 and "already holds a run" in capsys.readouterr().err
-    assert main(["run", "--resume", "--seed", "7", "--out", str(smoke_run)]) == 2 and "with seed 0, not 7" in capsys.readouterr().err
+    assert (main(["run", "--resume", "--seed", "7", "--out", str(smoke_run)]) == 2
+            and "with seed 0, not 7" in capsys.readouterr().err)
     assert (smoke_run / "metrics.csv").read_bytes() == kept
 
 
 def test_a_chapter_refuses_a_parameter_that_it_does_not_have(tmp_path):
-    with pytest.raises(ValueError, match="reference/train has no parameter sede: it has scale, seed, out, data"): run_chapter("reference/train", tmp_path / "x.ipynb", sede=3)
+    with pytest.raises(ValueError,
+                       match="reference/train has no parameter sede: it has scale, seed, out, data"):
+        run_chapter("reference/train", tmp_path / "x.ipynb", sede=3)
     assert not (tmp_path / "x.ipynb").exists()

@@ -1,4 +1,5 @@
-"""Sentences over random pictures: the checker reads each as exactly its object, refuses false ones, and counts the hops that the maker meant."""
+"""Sentences over random pictures: the checker reads each as exactly its object, refuses false ones, and
+counts the hops that the maker meant."""
 import re
 from collections import Counter
 
@@ -6,13 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rsground_nb.sentences import NUMBERS, RULES, Picture, Seen, check_expression, choose, count_hops, plural, sentences
+from rsground_nb.sentences import (NUMBERS, RULES, Picture, Seen, check_expression, choose, count_hops,
+                                   plural, sentences)
 
 KINDS = ("plane", "ship", "storage tank", "large-vehicle", "ground track field")
 
 
 def random_picture(seed, most=9):
-    """Boxes of any size anywhere in a picture of any shape; some are doubtful, half of the pictures have colours."""
+    """Boxes of any size anywhere in a picture of any shape; some are doubtful, half
+    of the pictures have colours."""
     rng = np.random.default_rng(seed)
     width, height, things = *rng.integers(80, 700, 2).tolist(), []
     kinds, painted = rng.choice(KINDS, rng.integers(1, 4), replace=False), rng.random() < 0.5
@@ -21,7 +24,8 @@ def random_picture(seed, most=9):
         w, h = np.exp(rng.uniform(1, 4.5, 2))
         box = (x, y, min(width, x + w), min(height, y + h))
         doubtful = rng.random() < 0.12
-        things.append(Seen(str(rng.choice(kinds)), box, str(rng.choice(["red", "blue"])) if painted else None, 0.5 if doubtful else 1.0, not doubtful))
+        things.append(Seen(str(rng.choice(kinds)), box, str(rng.choice(["red", "blue"])) if painted else None,
+                           0.5 if doubtful else 1.0, not doubtful))
     return Picture(width, height, things)
 
 
@@ -43,8 +47,8 @@ def test_every_rule_and_every_number_of_hops_occurs():
     assert set(Counter(count_hops(text, kinds_of(p)) for p, text, *_ in EVERY)) == {1, 2, 3}
 
 
-HOPS = {"name": {1}, "end": {1}, "cell": {1}, "size": {1}, "ordinal": {1}, "corner": {1}, "count": {1}, "relation": {2}, "half": {2}, "nearest": {2}, "same": {2},
-        "chain": {3}, "combined": {1, 2, 3}}
+HOPS = {"name": {1}, "end": {1}, "cell": {1}, "size": {1}, "ordinal": {1}, "corner": {1}, "count": {1},
+        "relation": {2}, "half": {2}, "nearest": {2}, "same": {2}, "chain": {3}, "combined": {1, 2, 3}}
 
 
 def test_hops_follow_from_the_rule():
@@ -52,14 +56,19 @@ def test_hops_follow_from_the_rule():
 
 
 @pytest.mark.parametrize("text, hops", [
-    ("the plane", 1), ("the red ship", 1), ("the leftmost red ship", 1), ("the largest ship", 1), ("the ship in the top left", 1), ("the third ship from the top", 1),
-    ("the ship nearest to the top left corner", 1), ("the leftmost of the three ships", 1), ("the red ship in the top left", 1), ("the largest ship in the top left", 2),
-    ("the ship left of the red plane", 2), ("the second largest plane in the left half", 2), ("the ship nearest to the largest plane", 2), ("the largest ship left of the red plane", 3),
-    ("the plane above the ship that is nearest to the largest plane", 3), ("the plane right of the largest ship in the left half", 3), ("the plane left of the largest ship", 2)])
+    ("the plane", 1), ("the red ship", 1), ("the leftmost red ship", 1), ("the largest ship", 1),
+    ("the ship in the top left", 1), ("the third ship from the top", 1),
+    ("the ship nearest to the top left corner", 1), ("the leftmost of the three ships", 1),
+    ("the red ship in the top left", 1), ("the largest ship in the top left", 2),
+    ("the ship left of the red plane", 2), ("the second largest plane in the left half", 2),
+    ("the ship nearest to the largest plane", 2), ("the largest ship left of the red plane", 3),
+    ("the plane above the ship that is nearest to the largest plane", 3),
+    ("the plane right of the largest ship in the left half", 3), ("the plane left of the largest ship", 2)])
 def test_hops_by_hand(text, hops): assert count_hops(text, ("plane", "ship")) == hops
 
 
-OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below", "below": "above", "leftmost": "rightmost", "rightmost": "leftmost",
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below",
+            "below": "above", "leftmost": "rightmost", "rightmost": "leftmost",
             "topmost": "bottommost", "bottommost": "topmost", "largest": "smallest", "smallest": "largest"}
 
 
@@ -86,10 +95,12 @@ def test_a_wrong_number_is_refused():
 
 
 def test_planted_false_sentences_are_refused():
-    """The same sentence said of the picture turned upside down and mirrored is true of its object only if it names no side."""
+    """The same sentence said of the picture turned upside down and mirrored is true of its
+    object only if it names no side."""
     def turned(p):
         def far(t): x1, y1, x2, y2 = t.box; return (p.width - x2, p.height - y2, p.width - x1, p.height - y1)
-        return Picture(p.width, p.height, [Seen(t.category, far(t), t.colour, t.visible, t.sure) for t in p.things])
+        return Picture(p.width, p.height,
+                       [Seen(t.category, far(t), t.colour, t.visible, t.sure) for t in p.things])
     tried = wrong = 0
     for p, text, thing, rule in FEW:
         if rule not in ("end", "cell", "count", "relation", "same") or "centre" in text: continue
@@ -103,7 +114,9 @@ def test_sentences_hold_whichever_of_the_doubtful_objects_a_reader_counts():
     checked = 0
     for p, text, thing, _ in EVERY:
         for left_out in [t for t in p.things if not t.sure][:3]:
-            assert check_expression(text, Picture(p.width, p.height, [t for t in p.things if t is not left_out], categories=kinds_of(p))) == [thing], text
+            assert check_expression(text,
+                                    Picture(p.width, p.height, [t for t in p.things if t is not left_out],
+                                            categories=kinds_of(p))) == [thing], text
             checked += 1
     assert checked > 1000
 
@@ -125,7 +138,8 @@ def test_choose_says_something_true_of_the_hops_asked_for(seed, hops):
 
 # --- by hand
 
-def spot(category, x, y, size=10, **more): return Seen(category, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), **more)
+def spot(category, x, y, size=10, **more):
+    return Seen(category, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), **more)
 
 
 def said(p, rule): return {text: thing for text, thing, _ in sentences(p, [rule])}
@@ -135,14 +149,18 @@ def test_a_picture_need_not_be_square():
     p = Picture(600, 100, [spot("plane", 150, 20), spot("plane", 180, 80)])
     assert "the leftmost plane" not in said(p, "end")   # 30 px of 600
     assert set(said(p, "end")) == {"the topmost plane", "the bottommost plane"}
-    assert "the plane on the right" in said(Picture(600, 100, [spot("plane", 550, 50), spot("plane", 50, 50)]), "cell")
+    assert "the plane on the right" in said(Picture(600, 100,
+                                                    [spot("plane", 550, 50), spot("plane", 50, 50)]), "cell")
 
 
 def test_a_turned_plane_is_not_called_larger():
-    straight, turned = Seen("plane", (0, 0, 40, 40)), Seen("plane", (100, 0, 160, 60))   # 2.25 in area: more than turning by 45 degrees can do
-    assert set(said(Picture(300, 300, [straight, turned]), "size")) == {"the largest plane", "the smallest plane"}
+    # 2.25 in area: more than turning by 45 degrees can do
+    straight, turned = Seen("plane", (0, 0, 40, 40)), Seen("plane", (100, 0, 160, 60))
+    assert set(said(Picture(300, 300, [straight, turned]), "size")) == {"the largest plane",
+                                                                        "the smallest plane"}
     assert said(Picture(300, 300, [straight, Seen("plane", (100, 0, 158, 58))]), "size") == {}   # 2.1
-    long, diagonal = Seen("ship", (0, 0, 100, 10)), Seen("ship", (100, 100, 178, 178))   # the same ship, turned: area 1000 and 6084
+    # the same ship, turned: area 1000 and 6084
+    long, diagonal = Seen("ship", (0, 0, 100, 10)), Seen("ship", (100, 100, 178, 178))
     assert said(Picture(300, 300, [long, diagonal]), "size") == {}
 
 
@@ -156,9 +174,11 @@ def test_a_category_may_hold_another():
 
 def test_the_second_largest_of_all_must_not_be_another_one_in_that_half():
     here = [spot("plane", 20, 20, 8), spot("plane", 20, 50, 16), spot("plane", 20, 80, 32)]
-    far = spot("plane", 80, 50, 64)   # the largest of all, elsewhere: the second largest of all is the largest on the left
+    # the largest of all, elsewhere: the second largest of all is the largest on the left
+    far = spot("plane", 80, 50, 64)
     assert "the second largest plane in the left half" not in said(Picture(100, 100, [*here, far]), "half")
-    assert said(Picture(100, 100, [*here, spot("plane", 80, 50, 6)]), "half")["the second largest plane in the left half"] is here[1]
+    assert said(Picture(100, 100, [*here, spot("plane", 80, 50, 6)]),
+                "half")["the second largest plane in the left half"] is here[1]
 
 
 def test_a_last_part_that_could_belong_to_either_noun():
@@ -184,22 +204,30 @@ def test_no_object_is_found_by_way_of_itself():
             assert check_expression(anchor, p) != [thing], text
 
 
-@pytest.mark.parametrize("word, several", [("ship", "ships"), ("storage tank", "storage tanks"), ("bus", "buses"), ("ferry", "ferries"), ("church", "churches"), ("large-vehicle", "large-vehicles"), ("highway", "highways")])
+@pytest.mark.parametrize("word, several", [("ship", "ships"), ("storage tank", "storage tanks"),
+                                           ("bus", "buses"), ("ferry", "ferries"), ("church", "churches"),
+                                           ("large-vehicle", "large-vehicles"), ("highway", "highways")])
 def test_plurals(word, several): assert plural(word) == several
 
 
-@pytest.mark.parametrize("text", ["the second largest ship from the left", "the ship in the middle half", "the ship nearest to the corner", "the leftmost of the ships", "the leftmost of three ships",
-                                  "the ship that is nearest to", "the two ships", "the ship nearest to the top corner", "the leftmost of the three tanks"])
+@pytest.mark.parametrize("text", ["the second largest ship from the left", "the ship in the middle half",
+                                  "the ship nearest to the corner", "the leftmost of the ships",
+                                  "the leftmost of three ships",
+                                  "the ship that is nearest to", "the two ships",
+                                  "the ship nearest to the top corner", "the leftmost of the three tanks"])
 def test_unknown_wording_is_refused(text):
-    with pytest.raises(ValueError, match="cannot read"): check_expression(text, Picture(10, 10, [spot("ship", 5, 5, 2)]))
+    with pytest.raises(ValueError, match="cannot read"):
+        check_expression(text, Picture(10, 10, [spot("ship", 5, 5, 2)]))
 
 
 def test_categories_are_read_whatever_letters_they_hold():
-    odd = Picture(100, 100, [spot("C++ (type 2) plane", 20, 20), spot("C++ (type 2) plane", 80, 80), spot("*", 50, 50)])
+    odd = Picture(100, 100, [spot("C++ (type 2) plane", 20, 20), spot("C++ (type 2) plane", 80, 80),
+                             spot("*", 50, 50)])
     found = sentences(odd)
     assert len(found) > 10
     for text, thing, _ in found: assert check_expression(text, odd) == [thing]
 
 
 def test_nothing_is_said_of_an_empty_picture():
-    assert sentences(Picture(10, 10, [])) == [] and choose(Picture(10, 10, []), np.random.default_rng(0)) is None
+    assert (sentences(Picture(10, 10, [])) == []
+            and choose(Picture(10, 10, []), np.random.default_rng(0)) is None)

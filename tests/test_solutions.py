@@ -1,4 +1,5 @@
-"""The solutions: the same checks as in the chapters, run from top to bottom, and every one says right. (That an unanswered exercise says so is asked in test_run.py.)"""
+"""The solutions: the same checks as in the chapters, run from top to bottom, and every one says right. (That
+an unanswered exercise says so is asked in test_run.py.)"""
 import ast
 
 import nbformat
@@ -13,7 +14,8 @@ SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*.ipynb"))
 def chapter_of(path): return next(p for p in (ROOT / "nbs").rglob(path.name) if p.parent.name != "solutions")
 
 
-def cells(path, tag): return [c.source for c in nbformat.read(path, as_version=4).cells if tag in c.metadata.get("tags", [])]
+def cells(path, tag):
+    return [c.source for c in nbformat.read(path, as_version=4).cells if tag in c.metadata.get("tags", [])]
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
@@ -26,7 +28,8 @@ def test_the_checks_are_the_chapters_own(path):
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
 def test_every_solution_is_right(path, tmp_path):
-    done = papermill.execute_notebook(path, tmp_path / path.name, kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    done = papermill.execute_notebook(path, tmp_path / path.name, kernel_name="python3", cwd=tmp_path,
+                                      progress_bar=False)
     assert set(said_by_checks(done)) == {"'right'"}
     refused = [ast.literal_eval(said) for said in said_by_checks(done, "refused")]
     assert len(refused) in (0, len(cells(path, "check")))

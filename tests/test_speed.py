@@ -18,7 +18,8 @@ from rsground_nb.scale import get_scale, keep_memory, start
 from rsground_nb.sft import AnswersTrainer, sft_trainer, train_sft
 from rsground_nb.synthesis import load_chains, make_chains
 
-SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=2, sft_from=None, sft_steps=3, sft_batch_size=4, sft_learning_rate=8e-3, rows_per_pass=4)
+SMALL = replace(get_scale("smoke"), num_train=16, num_val=2, num_test=2, sft_from=None, sft_steps=3,
+                sft_batch_size=4, sft_learning_rate=8e-3, rows_per_pass=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def trainer_of(chains, folder, rank=0, **settings):
     start(0)
     model, processor = load_vlm("tiny")
     rows = load_chains(chains, load_data("scenes", SMALL, 0)[0]["train"], codec_of("qwen3_vl", processor))
-    return sft_trainer(model, processor, rows, replace(SMALL, lora_rank=rank), 0, folder, disable_tqdm=True, **settings)
+    return sft_trainer(model, processor, rows, replace(SMALL, lora_rank=rank), 0, folder, disable_tqdm=True,
+                       **settings)
 
 
 def one_pass(trainer, batch, **how):
@@ -43,7 +45,8 @@ def one_pass(trainer, batch, **how):
     loss = trainer.compute_loss(trainer.model, dict(batch), **how)
     loss.backward()
     logged = {name: trainer._metrics["train"][name][-1] for name in ("entropy", "mean_token_accuracy")}
-    return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, logged
+    return (loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None},
+            logged)
 
 
 @pytest.mark.parametrize("rank, how", [(0, {}), (8, {}), (0, dict(num_items_in_batch=1000))], ids=str)
@@ -76,15 +79,18 @@ def test_the_head_sees_the_scored_places_only(chains, tmp_path, monkeypatch):
 
 
 def test_two_processes_give_the_sft_weights_of_one(chains, tmp_path):
-    """Rows of different length: without TRL's division by the tokens of the whole step the weights would differ."""
+    """Rows of different length: without TRL's division by the tokens of the whole
+    step the weights would differ."""
     for count in (1, 2):
         folder = tmp_path / str(count)
         (folder / "trainer").mkdir(parents=True)
-        on_processes(count, train_sft, load_data("scenes", SMALL, 0)[0]["train"], chains, replace(SMALL, lora_rank=0, processes=count), 0, folder)
+        on_processes(count, train_sft, load_data("scenes", SMALL, 0)[0]["train"], chains,
+                     replace(SMALL, lora_rank=0, processes=count), 0, folder)
     one, two = (load_file(tmp_path / count / "model" / "model.safetensors") for count in "12")
     logs = [pd.read_csv(tmp_path / count / "log.csv") for count in "12"]
     assert one.keys() == two.keys() and all(torch.allclose(one[n], two[n], atol=2e-5) for n in one)
-    pd.testing.assert_frame_equal(*(log[["step", "loss", "grad_norm", "num_tokens"]] for log in logs), rtol=1e-4)
+    pd.testing.assert_frame_equal(*(log[["step", "loss", "grad_norm", "num_tokens"]] for log in logs),
+                                  rtol=1e-4)
     before = load_vlm("tiny")[0].state_dict()
     assert max((one[n] - before[n]).abs().max() for n in one) > 1e-3
 
@@ -95,7 +101,8 @@ from rsground_nb.scale import keep_memory
 
 if sys.argv[1] == "keep": keep_memory()
 libc, size = ctypes.CDLL(None), 20 << 20
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 def step():
     blocks = [libc.malloc(size) for _ in range(4)]
@@ -111,7 +118,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_memory_is_kept_for_the_next_step():
     """Pages that the system hands out anew while the same four blocks of 20 MiB are asked for five times."""
-    usual, kept = (int(subprocess.check_output([sys.executable, "-c", STEPS, way])) for way in ("usual", "keep"))
+    usual, kept = (int(subprocess.check_output([sys.executable, "-c", STEPS, way]))
+                   for way in ("usual", "keep"))
     assert kept < usual / 4
 
 

@@ -1,4 +1,5 @@
-"""Trainings that are killed, interrupted or run into trouble go on from their last whole checkpoint and end with the same bits. The long count: kill_training.py and its table."""
+"""Trainings that are killed, interrupted or run into trouble go on from their last whole checkpoint and end
+with the same bits. The long count: kill_training.py and its table."""
 import errno
 import math
 import os
@@ -23,10 +24,15 @@ from rsground_nb.steps import Run, check_folder
 from rsground_nb.synthesis import synthesise
 from rsground_nb.train import train_grpo, watched
 
-SIZE = replace(get_scale("smoke"), num_train=24, num_val=2, num_test=2, lora_rank=8, sft_from=None, sft_steps=8, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=7, grpo_learning_rate=5e-4, prompts_per_step=2, num_generations=4, temperature=2.0, max_completion_length=12, rows_per_pass=4)
+SIZE = replace(get_scale("smoke"), num_train=24, num_val=2, num_test=2, lora_rank=8, sft_from=None,
+               sft_steps=8, sft_batch_size=4, sft_learning_rate=8e-3, grpo_steps=7, grpo_learning_rate=5e-4,
+               prompts_per_step=2, num_generations=4, temperature=2.0, max_completion_length=12,
+               rows_per_pass=4)
 
 
-def iou_reward(completions, **columns): return [len(set(answer[0]["content"])) / 160 for answer in completions]  # twelve tokens are no answer: count its letters
+# twelve tokens are no answer: count its letters
+def iou_reward(completions, **columns):
+    return [len(set(answer[0]["content"])) / 160 for answer in completions]
 
 
 def train(stage, folder, size=SIZE, seed=0, reward=iou_reward):
@@ -40,7 +46,8 @@ def train(stage, folder, size=SIZE, seed=0, reward=iou_reward):
     start(seed)
     model, processor = load_vlm("tiny")
     chains, _ = synthesise(rows, codec_of(model.config.model_type, processor))
-    train_and_save(sft_trainer(model, processor, chains, size, seed, folder / "trainer", **checkpoints(size.sft_steps)), processor, folder, seed=seed)
+    train_and_save(sft_trainer(model, processor, chains, size, seed, folder / "trainer",
+                               **checkpoints(size.sft_steps)), processor, folder, seed=seed)
 
 
 def work(name, folder, words, rank=0, port=None):
@@ -50,7 +57,8 @@ def work(name, folder, words, rank=0, port=None):
         for number in (1, 2): os.dup2(file.fileno(), number)
     size = SIZE
     if port:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                          MASTER_PORT=str(port))
         size = replace(SIZE, lora_rank=0, processes=2)
     train(name, folder / name, size)
 
@@ -61,15 +69,16 @@ class Pair:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        self.starts = [Start(name, out, words=f"words{rank}.txt", work=work, more=(rank, port)) for rank in range(2)]
+        self.starts = [Start(name, out, words=f"words{rank}.txt", work=work, more=(rank, port))
+                       for rank in range(2)]
     def kept(self): return self.starts[0].state()["kept"]
     def alive(self): return all(s.process.is_alive() for s in self.starts)
     def kill(self):
-        for start in self.starts: start.kill()
+        for one in self.starts: one.kill()
     def wait(self):
-        for start in self.starts:
-            start.process.join()
-            assert start.process.exitcode == 0, start.words()
+        for one in self.starts:
+            one.process.join()
+            assert one.process.exitcode == 0, one.words()
     def resumed_from(self): return self.starts[0].resumed_from()
 
 
@@ -92,7 +101,8 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("stage, kills, kind", [("sft", (2, 6), Single), ("grpo", (2, 5), Single), ("grpo", (3,), Pair)])
+@pytest.mark.parametrize("stage, kills, kind",
+                         [("sft", (2, 6), Single), ("grpo", (2, 5), Single), ("grpo", (3,), Pair)])
 def test_killed_trainings_end_with_the_same_bits(tmp_path, whole, stage, kills, kind):
     """SFT's seventh step is the first of its second epoch, as is GRPO's."""
     draw, out = random.Random(0), tmp_path / "killed"
@@ -140,7 +150,8 @@ def test_ctrl_c(tmp_path, whole, capsys, monkeypatch):
     stop_at(3, press, monkeypatch)
     folder = folder_of(tmp_path, "", "sft")
     with pytest.raises(KeyboardInterrupt): train("sft", folder)
-    assert "sft stopped after step 3 of 8: KeyboardInterrupt" in (said := capsys.readouterr().out) and "Step 3 is kept in" in said and "--resume" in said
+    assert ("sft stopped after step 3 of 8: KeyboardInterrupt" in (said := capsys.readouterr().out)
+            and "Step 3 is kept in" in said and "--resume" in said)
     resumes_to_the_same("sft", folder, whole, capsys, 3)
 
 
@@ -154,12 +165,14 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_used(tmp_path, whol
     with monkeypatch.context() as patch:
         patch.setattr(Safeguard, "on_save", save)
         with pytest.raises(RuntimeError, match="Step 3 is kept"): train("sft", folder)
-    assert (folder / "trainer" / "checkpoint-4" / "trainer_state.json").exists() and last_checkpoint(folder / "trainer").name == "checkpoint-3"
+    assert ((folder / "trainer" / "checkpoint-4" / "trainer_state.json").exists()
+            and last_checkpoint(folder / "trainer").name == "checkpoint-3")
     (folder / "trainer" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     resumes_to_the_same("sft", folder, whole, capsys, 3)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the file on which every write finds the disk full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"),
+                    reason="no /dev/full, the file on which every write finds the disk full")
 def test_a_full_disk(tmp_path, whole, capsys, monkeypatch):
     def fill(state, args):
         folder = tmp_path / "sft" / "trainer" / "checkpoint-6"
@@ -168,8 +181,11 @@ def test_a_full_disk(tmp_path, whole, capsys, monkeypatch):
     stop_at(5, fill, monkeypatch)
     folder = folder_of(tmp_path, "", "sft")
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))  # /dev/full is full, the disk beside it is not
-        with pytest.raises(RuntimeError, match="sft stopped after step 6 of 8: .*The disk is full. Step 5 is kept in .* where 0 MB are free"): train("sft", folder)
+        # /dev/full is full, the disk beside it is not
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(RuntimeError, match="sft stopped after step 6 of 8: .*The disk is full. Step 5 is "
+                           "kept in .* where 0 MB are free"):
+            train("sft", folder)
     resumes_to_the_same("sft", folder, whole, capsys, 5)
 
 
@@ -177,19 +193,24 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     """A file stands where the folder should be: that stops root too."""
     for stage in ("sft", "grpo"):
         (tmp_path / stage).write_text("")
-        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage} .*: repair or remove what is there"): getattr(Run(tmp_path), stage)
+        with pytest.raises(ValueError,
+                           match=f"a step cannot write to .*{stage} .*: repair or remove what is there"):
+            getattr(Run(tmp_path), stage)
         (tmp_path / stage).unlink()
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "trainer").write_text("")
-        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage}.trainer .*: repair or remove what is there"): getattr(Run(tmp_path), stage)
+        with pytest.raises(ValueError, match=f"a step cannot write to .*{stage}.trainer .*: repair or "
+                           "remove what is there"):
+            getattr(Run(tmp_path), stage)
     def full(*args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", full)
         with pytest.raises(ValueError, match="Read-only file system"): check_folder(tmp_path / "other")
 
 
-@pytest.mark.parametrize("step, value, said", [(1, math.nan, "ValueError: the reward function iou_reward gave nan for"), (1, math.inf, "gave inf for"),
-                                               (6, None, "RuntimeError: the reward function iou_reward failed: ZeroDivisionError: division by zero")])
+@pytest.mark.parametrize("step, value, said", [
+    (1, math.nan, "ValueError: the reward function iou_reward gave nan for"), (1, math.inf, "gave inf for"),
+    (6, None, "RuntimeError: the reward function iou_reward failed: ZeroDivisionError: division by zero")])
 def test_a_reward_that_goes_wrong(tmp_path, whole, capsys, step, value, said):
     """After six steps the second epoch begins."""
     def reward(completions, trainer_state, **columns):
@@ -197,7 +218,9 @@ def test_a_reward_that_goes_wrong(tmp_path, whole, capsys, step, value, said):
         return iou_reward(completions)
     reward.__name__ = "iou_reward"
     folder = folder_of(tmp_path, "", "grpo")
-    with pytest.raises(RuntimeError, match=f"grpo stopped after step {step} of 7: .*{said}.*Step {step} is kept in"): train("grpo", folder, reward=reward)
+    with pytest.raises(RuntimeError,
+                       match=f"grpo stopped after step {step} of 7: .*{said}.*Step {step} is kept in"):
+        train("grpo", folder, reward=reward)
     if value is None: resumes_to_the_same("grpo", folder, whole, capsys, step)
 
 
@@ -206,8 +229,11 @@ def test_none_is_no_number_and_no_trouble():
 
 
 def test_weights_are_not_spoiled_by_a_gradient_that_is_not_finite(tmp_path, whole, capsys, monkeypatch):
-    def poison(model, args, out): return (out[0] * math.nan, *out[1:]) if isinstance(out, tuple) else out * math.nan
-    def hook(state, args): next(m for m in kept["model"].modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__).register_forward_hook(poison)
+    def poison(model, args, out):
+        return (out[0] * math.nan, *out[1:]) if isinstance(out, tuple) else out * math.nan
+    def hook(state, args):
+        next(m for m in kept["model"].modules() if isinstance(m, torch.nn.LayerNorm)
+             or "Norm" in type(m).__name__).register_forward_hook(poison)
     kept = {}
     begin = Safeguard.on_pre_optimizer_step
     def look(self, args, state, control, model=None, **kwargs):
@@ -216,7 +242,9 @@ def test_weights_are_not_spoiled_by_a_gradient_that_is_not_finite(tmp_path, whol
     monkeypatch.setattr(Safeguard, "on_pre_optimizer_step", look)
     stop_at(3, hook, monkeypatch)
     folder = folder_of(tmp_path, "", "sft")
-    with pytest.raises(RuntimeError, match="sft stopped after step 3 of 8: FloatingPointError: the gradient is not finite.*Step 3 is kept"): train("sft", folder)
+    with pytest.raises(RuntimeError, match="sft stopped after step 3 of 8: FloatingPointError: the gradient "
+                       "is not finite.*Step 3 is kept"):
+        train("sft", folder)
     assert all(p.isfinite().all() for p in kept["model"].parameters())
     resumes_to_the_same("sft", folder, whole, capsys, 3)
 
@@ -226,4 +254,5 @@ def test_checkpoints_of_another_training_are_not_taken_over(tmp_path, monkeypatc
     stop_at(3, press, monkeypatch)
     folder = folder_of(tmp_path, "", "sft")
     with pytest.raises(RuntimeError, match="Trouble"): train("sft", folder)
-    with pytest.raises(ValueError, match="trainer holds another run .*seed=0.*seed=1"): train("sft", folder, seed=1)
+    with pytest.raises(ValueError, match="trainer holds another run .*seed=0.*seed=1"):
+        train("sft", folder, seed=1)

@@ -1,19 +1,24 @@
 """Train the models that are shipped beside the base: CoT-SFT, then GRPO, on drawn and on real questions.
 
-    python tests/train_shipped.py turn PLANES TURNED   two mirrored copies of each training picture, in TURNED/3 and TURNED/4
+    python tests/train_shipped.py turn PLANES TURNED
+        two mirrored copies of each training picture, in TURNED/3 and TURNED/4
     rsground data refer PLANES REAL/0 --window 160 256 360 --seed 0
     rsground data refer TURNED/3 REAL/3 --window 140 180 225 290 360 --seed 3
     rsground data refer TURNED/4 REAL/4 --window 150 200 256 320 --seed 4
-    python tests/train_shipped.py sft REAL OUT         from the base: three parts, the last one with the mirrored pictures
-    python tests/train_shipped.py ask REAL OUT         the questions for GRPO: those that four rollouts answer differently
-    python tests/train_shipped.py grpo REAL OUT SEED   from OUT/sft: questions with boxes only, on two processes
+    python tests/train_shipped.py sft REAL OUT
+        from the base: three parts, the last one with the mirrored pictures
+    python tests/train_shipped.py ask REAL OUT
+        the questions for GRPO: those that four rollouts answer differently
+    python tests/train_shipped.py grpo REAL OUT SEED
+        from OUT/sft: questions with boxes only, on two processes
     python tests/train_shipped.py more REAL OUT SEED STEPS   its control: as many minutes of more CoT-SFT
     python tests/train_shipped.py judge REAL OUT       Acc@0.5 of every stage on the test questions
     python tests/train_shipped.py show REAL OUT        the README's picture: answers to questions drawn by lot
 
-PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has chains, for CoT-SFT,
-the other has boxes only, for GRPO. Settings were chosen on val and on drawn questions of seed 2000; test questions are
-those of the test airports and of seeds 3010 and 3011. Minutes and scores stand in the cards of the models.
+PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has
+chains, for CoT-SFT, the other has boxes only, for GRPO. Settings were chosen on val and on drawn questions
+of seed 2000; test questions are those of the test airports and of seeds 3010 and 3011. Minutes and scores
+stand in the cards of the models.
 """
 import hashlib
 import json
@@ -54,15 +59,18 @@ def turn(planes, out):
         folder, images, sizes = out / mirror / "train", [], {}
         folder.mkdir(parents=True)
         for entry in known["images"]:
-            picture, (stem, _, end) = Image.open(planes / "train" / entry["file_name"]).convert("RGB"), entry["file_name"].partition(".")
+            picture, (stem, _, end) = (Image.open(planes / "train" / entry["file_name"]).convert("RGB"),
+                                       entry["file_name"].partition("."))
             for bit, flip in enumerate(flips):
                 if int(mirror) >> bit & 1: picture = picture.transpose(flip)
             name = f"{stem}.t{mirror}.{end}"
             picture.save(folder / name, quality=95)
             images.append(dict(entry, file_name=name, width=picture.width, height=picture.height))
             sizes[entry["id"]] = picture.size
-        boxes = [dict(a, bbox=turned(a["bbox"], sizes[a["image_id"]], int(mirror)), segmentation=[]) for a in known["annotations"]]
-        (folder / "_annotations.coco.json").write_text(json.dumps(dict(known, images=images, annotations=boxes)))
+        boxes = [dict(a, bbox=turned(a["bbox"], sizes[a["image_id"]], int(mirror)), segmentation=[])
+                 for a in known["annotations"]]
+        (folder / "_annotations.coco.json").write_text(json.dumps(dict(known, images=images,
+                                                                       annotations=boxes)))
 
 
 def turned(box, size, mirror):
@@ -73,7 +81,8 @@ def turned(box, size, mirror):
 
 
 def drawn(count, seed, split, rivals):
-    """Drawn questions, a third for each number of hops; `rivals`: only those with a second object of the category, else seven tenths of the others are left out."""
+    """Drawn questions, a third for each number of hops; `rivals`: only those with a second object of the
+    category, else seven tenths of the others are left out."""
     found = []
     for k, row in enumerate(scene_records(6 * count, seed, split=split, hops=(1, 2, 3))):
         many = sum(o["category"] == row["category"] for o in row["objects"]) > 1
@@ -84,14 +93,17 @@ def drawn(count, seed, split, rivals):
 
 def with_chains(name):
     """Which half of the real training pictures has chains."""
-    return int(hashlib.sha256(name.split("/")[-1].split(".")[0].split("-")[0].encode()).hexdigest(), 16) % 2 == 0
+    return int(hashlib.sha256(name.split("/")[-1].split(".")[0].split("-")[0].encode()).hexdigest(),
+               16) % 2 == 0
 
 
 def real(folder, split, least, chains=None):
-    """Real questions in square pictures with at most eight objects, the target's longer side at least `least` of the picture's; `chains`: of one half of the pictures only."""
+    """Real questions in square pictures with at most eight objects, the target's longer side at least `least`
+    of the picture's; `chains`: of one half of the pictures only."""
     rows = load_folder(folder)[0][split]
     seen = zip(rows["box"], rows["width"], rows["height"], rows["objects"], rows["image_id"])
-    fits = [max(x2 - x1, y2 - y1) >= least * w and max(w, h) <= 1.05 * min(w, h) and len(o) <= 8 and chains in (None, with_chains(i)) for (x1, y1, x2, y2), w, h, o, i in seen]
+    fits = [max(x2 - x1, y2 - y1) >= least * w and max(w, h) <= 1.05 * min(w, h) and len(o) <= 8
+            and chains in (None, with_chains(i)) for (x1, y1, x2, y2), w, h, o, i in seen]
     return rows.select(np.flatnonzero(fits))
 
 
@@ -99,8 +111,11 @@ def learn_chains(model, processor, rows, steps, rate, seed, out):
     """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out."""
     drafts = rule_drafts(rows, codec_of(model.config.model_type, processor))
     chains = rows.select_columns(["image"]).add_column("prompt", [to_prompt(e) for e in rows["expression"]])
-    chains = chains.add_column("completion", [[{"role": "assistant", "content": [{"type": "text", "text": d.completion}]}] for d in drafts])
-    chains = chains.select([k for k, d in enumerate(drafts) if d.completion and len(processor.tokenizer(d.completion).input_ids) <= 150])
+    chains = chains.add_column("completion",
+                               [[{"role": "assistant", "content": [{"type": "text", "text": d.completion}]}]
+                                for d in drafts])
+    chains = chains.select([k for k, d in enumerate(drafts) if d.completion
+                            and len(processor.tokenizer(d.completion).input_ids) <= 150])
     size = replace(WORKSHOP, sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
     trainer = sft_trainer(model, processor, chains, size, seed, out, disable_tqdm=True)
     trainer.train()
@@ -117,27 +132,32 @@ def train_sft(folder, out):
     logs = []
     for seed, (rows, steps, rate) in enumerate(parts):
         start(seed)
-        logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed, out / "trainer"))
+        logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed,
+                                 out / "trainer"))
     save(model, processor, out / "sft", pd.concat(logs), began)
 
 
 def candidates(folder):
     """Questions whose chains CoT-SFT has not seen: other scenes, and the other half of the real pictures."""
     scenes = drawn(4096, 1, "grpo", False)
-    return concatenate_datasets([scenes, *[real(folder / k, "train", 0.14, False).cast(scenes.features) for k in ("0", *MIRRORS)]])
+    return concatenate_datasets([scenes, *[real(folder / k, "train", 0.14, False).cast(scenes.features)
+                                           for k in ("0", *MIRRORS)]])
 
 
 def ask(folder, out, count=3000):
-    """Write OUT/asked.json: of `count` questions drawn by lot, those where the IoUs of four rollouts lie 0.4 apart or more."""
+    """Write OUT/asked.json: of `count` questions drawn by lot, those where the IoUs of four
+    rollouts lie 0.4 apart or more."""
     start(0)
     rows, (model, processor) = candidates(folder), load_vlm(str(out / "sft"))
-    codec, lot = codec_of(model.config.model_type, processor), np.random.default_rng(0).permutation(len(rows))[:count]
+    codec, lot = codec_of(model.config.model_type,
+                          processor), np.random.default_rng(0).permutation(len(rows))[:count]
     kept = []
     for k in range(0, count, 128):
         part = rows.select(lot[k:k + 128])
         ious = []
         for _ in range(4):
-            said = generate_answers(model, processor, part["image"][:], part["expression"][:], batch_size=128, do_sample=True, temperature=0.8)
+            said = generate_answers(model, processor, part["image"][:], part["expression"][:], batch_size=128,
+                                    do_sample=True, temperature=0.8)
             boxes = [completion_box(s, codec, w, h) for s, w, h in zip(said, part["width"], part["height"])]
             ious.append([0.0 if b is None else iou(b, t) for b, t in zip(boxes, part["box"])])
         kept += lot[k:k + 128][np.ptp(ious, axis=0) >= 0.4].tolist()
@@ -151,10 +171,12 @@ def train_grpo(folder, out, seed, steps=60):
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     asked = candidates(folder).select(json.loads((out / "asked.json").read_text()))
     rows, size = grpo_rows(asked.shuffle(seed=seed)), replace(WORKSHOP, grpo_steps=steps)
-    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed, out / f"trainer-{seed}", disable_tqdm=True)
+    trainer = grpo_trainer(model, processor, rows, codec_of(model.config.model_type, processor), size, seed,
+                           out / f"trainer-{seed}", disable_tqdm=True)
     trainer.train()
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
-    if trainer.is_world_process_zero(): save(trainer.accelerator.unwrap_model(trainer.model), processor, out / f"grpo-{seed}", log, began)
+    if trainer.is_world_process_zero():
+        save(trainer.accelerator.unwrap_model(trainer.model), processor, out / f"grpo-{seed}", log, began)
 
 
 def save(model, processor, folder, log, began):
@@ -164,59 +186,74 @@ def save(model, processor, folder, log, began):
 
 
 def more_sft(folder, out, seed, steps):
-    """The control of GRPO: as many minutes of more CoT-SFT, on the rows of its last part. Every process of two calls it."""
+    """The control of GRPO: as many minutes of more CoT-SFT, on the rows of its last part.
+    Every process of two calls it."""
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     scenes = drawn(6000, 0, "train", False)
     parts = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in ("0", *MIRRORS)]
-    log = learn_chains(model, processor, concatenate_datasets([scenes, *parts]), steps, 1e-3, 100 + seed, out / f"trainer-more-{seed}")
+    log = learn_chains(model, processor, concatenate_datasets([scenes, *parts]), steps, 1e-3, 100 + seed,
+                       out / f"trainer-more-{seed}")
     if int(os.environ.get("RANK", 0)) == 0: save(model, processor, out / f"more-{seed}", log, began)
 
 
 def judge(folder, out):
-    """Acc@0.5 and mean IoU of every stage on every set of questions, with 95 % intervals over pictures, and the change of
-    both over CoT-SFT, paired by question. A stage of several seeds counts with the mean over them. The base is asked for
-    the box alone."""
+    """Acc@0.5 and mean IoU of every stage on every set of questions, with 95 % intervals over pictures, and
+    the change of both over CoT-SFT, paired by question. A stage of several seeds counts with the mean over
+    them. The base is asked for the box alone."""
     start(0)
-    sets = {"drawn, with a rival": drawn(512, 3010, "test", True), "drawn, all kinds": drawn(512, 3011, "test", False), "real, test airports": real(folder / "0", "test", 0.14)}
-    stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")), "more CoT-SFT": sorted(out.glob("more-?"))}
+    sets = {"drawn, with a rival": drawn(512, 3010, "test", True),
+            "drawn, all kinds": drawn(512, 3011, "test", False),
+            "real, test airports": real(folder / "0", "test", 0.14)}
+    stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")),
+              "more CoT-SFT": sorted(out.glob("more-?"))}
     table, items = [], []
     for what, rows in sets.items():
         pictures, hops, found = rows["image_id"], np.array(rows["hops"]), {}
         for stage, names in stages.items():
             if not names: continue
             template = DIRECT if stage == "base" else REASON
-            found[stage] = np.array([[p["iou"] for p in predict(*load_vlm(str(n)), rows, 160, 64, template=template)] for n in names])
+            found[stage] = np.array([[p["iou"] for p in predict(*load_vlm(str(n)), rows, 160, 64,
+                                                                template=template)] for n in names])
             ious, hits = found[stage].mean(0), (found[stage] >= 0.5).mean(0)
-            row = {"stage": stage, "questions": what, "N": len(rows), "seeds": len(names), "mIoU": ious.mean(), "Acc@0.5": hits.mean()}
+            row = {"stage": stage, "questions": what, "N": len(rows), "seeds": len(names),
+                   "mIoU": ious.mean(), "Acc@0.5": hits.mean()}
             row["low"], row["high"] = interval(hits, pictures)
             row |= {f"hops {k}": hits[hops == k].mean() for k in (1, 2, 3)}
             if stage in ("GRPO", "more CoT-SFT"):
-                for name, gap in (("gain", ious - found["CoT-SFT"][0]), ("hits", hits - (found["CoT-SFT"][0] >= 0.5))):
+                for name, gap in (("gain", ious - found["CoT-SFT"][0]),
+                                  ("hits", hits - (found["CoT-SFT"][0] >= 0.5))):
                     row[name] = gap.mean()
                     row[f"{name}_low"], row[f"{name}_high"] = interval(gap, pictures)
             table.append(row)
-            items += [dict(questions=what, stage=stage, seed=k, item=i, iou=round(v, 4)) for k, vs in enumerate(found[stage]) for i, v in enumerate(vs)]
+            items += [dict(questions=what, stage=stage, seed=k, item=i, iou=round(v, 4))
+                      for k, vs in enumerate(found[stage]) for i, v in enumerate(vs)]
             print(row, flush=True)
     pd.DataFrame(table).round(4).to_csv(TABLE, index=False)
     pd.DataFrame(items).to_csv(out / "items.csv", index=False)
 
 
 def show(picture):
-    """Four real and four drawn questions, drawn by lot: the truth (green), the box of the base (blue) and of the model after GRPO (orange), and its thought."""
-    rows = [*load_real_samples().shuffle(seed=0).select(range(4)), *drawn(512, 3010, "test", True).shuffle(seed=0).select(range(4))]
+    """Four real and four drawn questions, drawn by lot: the truth (green), the box of the base (blue) and of
+    the model after GRPO (orange), and its thought."""
+    rows = [*load_real_samples().shuffle(seed=0).select(range(4)),
+            *drawn(512, 3010, "test", True).shuffle(seed=0).select(range(4))]
     rows = to_dataset([{**row, "image": {"bytes": as_png(row["image"]), "path": None}} for row in rows])
-    found = {name: predict(*load_vlm(name, None), rows, 160, 8, template) for name, template in (("tiny", DIRECT), ("tiny-grpo", REASON))}
+    found = {name: predict(*load_vlm(name, None), rows, 160, 8, template)
+             for name, template in (("tiny", DIRECT), ("tiny-grpo", REASON))}
     fig, axes = plt.subplots(2, 4, figsize=(12, 8.6), dpi=75)
     for ax, row, first, last in zip(axes.flat, rows, *found.values()):
         ax.imshow(row["image"])
-        for box, colour, grow in ((row["box"], "lime", 0.012), (first["predicted"], "deepskyblue", 0), (last["predicted"], "darkorange", 0)):
+        for box, colour, grow in ((row["box"], "lime", 0.012), (first["predicted"], "deepskyblue", 0),
+                                  (last["predicted"], "darkorange", 0)):
             if box is None: continue
             x1, y1, x2, y2 = box
             gap = grow * row["width"]
-            ax.add_patch(plt.Rectangle((x1 - gap, y1 - gap), x2 - x1 + 2 * gap, y2 - y1 + 2 * gap, fill=False, edgecolor=colour, linewidth=2))
+            ax.add_patch(plt.Rectangle((x1 - gap, y1 - gap), x2 - x1 + 2 * gap, y2 - y1 + 2 * gap, fill=False,
+                                       edgecolor=colour, linewidth=2))
         ax.set_title("\n".join(wrap(row["expression"], 34)), fontsize=11, parse_math=False)
-        ax.set_xlabel("\n".join(wrap(parse_completion(last["answer"]).thinking, 46)[:4]), fontsize=8, parse_math=False)
+        ax.set_xlabel("\n".join(wrap(parse_completion(last["answer"]).thinking, 46)[:4]), fontsize=8,
+                      parse_math=False)
         ax.set(xticks=[], yticks=[])
     fig.tight_layout(h_pad=2)
     fig.savefig(picture, pil_kwargs={"quality": 88})
@@ -230,6 +267,7 @@ if __name__ == "__main__":
     if stage == "sft": train_sft(folder, out)
     if stage == "ask": ask(folder, out)
     if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out, int(sys.argv[4]))
-    if stage == "more": on_processes(2, train_shipped.more_sft, folder, out, int(sys.argv[4]), int(sys.argv[5]))
+    if stage == "more":
+        on_processes(2, train_shipped.more_sft, folder, out, int(sys.argv[4]), int(sys.argv[5]))
     if stage == "judge": judge(folder, out)
     if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")
