@@ -18,8 +18,8 @@ SAID = "<think>Target: plane. Planes: 20 30.</think><answer>[100, 200, 300, 400]
 
 @pytest.fixture(scope="module")
 def crop():
-    """The first of the real crops, 192x192 px."""
-    return load_real_samples()[0]["image"]
+    """The first of the real crops, at 192x192 px."""
+    return load_real_samples()[0]["image"].resize((192, 192))
 
 
 @pytest.fixture
