@@ -127,10 +127,10 @@ def train_sft(folder, out):
     began, (model, processor), scenes = time.time(), load_vlm("tiny"), drawn(12288, 0, "train", False)
     least = {k: [real(folder / "0", "train", k, True)] for k in (0.09, 0.14)}
     turned = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in MIRRORS]
-    parts = [([scenes, *least[0.09]], 3000, 2e-3), ([scenes, *least[0.14] * 4], 2000, 1.5e-3),
-             ([drawn(6000, 0, "train", False), *least[0.14], *turned], 1500, 1e-3)]
+    parts = [([scenes, *least[0.09]], 3000, 2e-3, 0), ([scenes, *least[0.14] * 4], 2000, 1.5e-3, 1),
+             ([drawn(6000, 0, "train", False), *least[0.14], *turned], 1500, 1e-3, 0)]
     logs = []
-    for seed, (rows, steps, rate) in enumerate(parts):
+    for rows, steps, rate, seed in parts:
         start(seed)
         logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed,
                                  out / "trainer"))
