@@ -7,12 +7,11 @@ answer.
 
 All start from the shipped base and learn from the same 8,192 drawn questions (a third for each number of
 hops), each seed in another order. "chains": CoT-SFT. "answers": the same questions and steps, answered
-without thoughts. "answers, same minutes": 1,100 steps, which take about as long as 700 of chains. "chains,
-answer x4": each token of the answer counts four times. These two have seed 0
-only. Judged greedily on 768 questions that nothing was
-chosen by (test scenes of seed 3100). For the arms with chains: how often the thought is word for word the
-true one and how good the answers are then, the accuracy with the true thought given, and the loss of thought
-and answer apart in the first and the last steps.
+without thoughts. "answers, same minutes" (one seed): 1,100 steps, which take about as long as 700 of chains.
+"chains, answer x4" (one seed): each token of the answer counts four times. Judged greedily on 768 questions
+that nothing was chosen by (test scenes of seed 3100). For the arms with chains: how often the thought is word
+for word the true one and how good the answers are then, the accuracy with the true thought given, and the
+loss of thought and answer apart in the first and the last steps.
 """
 import sys
 import time
