@@ -173,4 +173,4 @@ def test_no_notebook_exports(path):
 def test_a_chapter_is_short(name):
     found = cells(ROOT / "nbs" / f"{name}.ipynb")
     words = sum(len(c.source.split()) for c in found if c.cell_type == "markdown")
-    assert len(found) <= 42 and words <= 1200
+    assert len(found) <= 40 and words <= 1200
