@@ -28,8 +28,11 @@ class SpatialGRPOTrainer(GuardedTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        column = "iou_reward"
-        if self.args.consistency: self._weigh(rewards[:, self.reward_func_names.index(column)], completions)
+        if "iou_reward" not in self.reward_func_names: return rewards
+        ious = rewards[:, self.reward_func_names.index("iou_reward")]
+        missed = (ious.nan_to_num(0.0).view(-1, self._group_size) == 0).all(1).float().mean().item()
+        self._metrics["train" if self.model.training else "eval"]["groups/all_miss"].append(missed)
+        if self.args.consistency: self._weigh(ious, completions)
         return rewards
 
     def _weigh(self, ious, completions):  # ious of all processes, completions of this one

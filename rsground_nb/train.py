@@ -20,18 +20,19 @@ from .boxes import Codec
 from .data import split_hash
 from .grpo import SpatialGRPOTrainer
 from .guards import SpatialGRPOConfig
-from .model import SPECIAL, adapt, codec_of, load_vlm, to_prompt, training_dtype
+from .model import REASON, SPECIAL, adapt, codec_of, load_vlm, to_prompt, training_dtype
 from .rewards import REWARD_WEIGHTS, make_rewards, text_of
 from .scale import Scale, start
 from .safeguard import checkpoints, train_and_save
 
 # %% ../nbs/reference/train.ipynb #25e7a040
 def grpo_rows(
-    rows: Dataset,  # of reference/files or chapter 3
+    rows: Dataset,           # of reference/files or chapter 3
+    template: str = REASON,  # DIRECT: ask for the box alone
 ) -> Dataset:
     "The columns of GRPO: prompt, image, and box, width, height (original pixels) for the rewards."
     kept = rows.select_columns(["image", "expression", "box", "width", "height"])
-    return kept.add_column("prompt", [to_prompt(e) for e in kept["expression"]])
+    return kept.add_column("prompt", [to_prompt(e, template) for e in kept["expression"]])
 
 def with_rivals(
     rows: Dataset,
@@ -77,9 +78,12 @@ def grpo_trainer(
     scale: Scale,
     seed: int,
     out: str | Path,   # working folder of the trainer
+    rewards: list | None = None,        # reward functions; None: those of chapter 7
+    trainer_class=SpatialGRPOTrainer,
     **kwargs,          # for SpatialGRPOConfig; they override what is set here
 ) -> SpatialGRPOTrainer:
-    "The trainer with the rewards of chapter 7; LoRA on the language part, or all of it if lora_rank is 0."
+    "The trainer; LoRA on the language part, or all of that part if `scale.lora_rank` is 0."
+    if rewards is None: rewards = make_rewards(codec)
     gpu = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", 1))
     rollouts = scale.prompts_per_step * scale.num_generations // processes  # of this process
@@ -94,8 +98,8 @@ def grpo_trainer(
         reward_weights=REWARD_WEIGHTS, generation_kwargs=dict(suppress_tokens=never_drawn(processor)),
         logging_steps=1, save_strategy="no", report_to="none", use_cpu=not gpu, bf16=gpu,
         activation_checkpointing=gpu, seed=seed)
-    return SpatialGRPOTrainer(
-        model=model, reward_funcs=[watched(f) for f in make_rewards(codec)], train_dataset=rows,
+    return trainer_class(
+        model=model, reward_funcs=[watched(f) for f in rewards], train_dataset=rows,
         args=SpatialGRPOConfig(**{**settings, **kwargs}), processing_class=processor,
         peft_config=adapt(model, scale.lora_rank))
 
