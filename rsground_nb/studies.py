@@ -61,14 +61,14 @@ def run_all(
     if failed: raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed:\n" + "\n".join(failed))
     return [json.loads((folder / f"{run_id(r)}.json").read_text()) for r in runs]
 
-# %% ../nbs/reference/studies.ipynb #26e884cf
+# %% ../nbs/reference/studies.ipynb #9d8fe19a
 def box_only_reward(completions, **columns):
     "1.0 if the whole completion is one [x1, y1, x2, y2] with an area, else 0.0; in TRL's signature."
     texts = [text_of(c).strip() for c in completions]
     return [float(BOX.fullmatch(t) is not None and parsed(t).box is not None) for t in texts]
 
 def grpo_run(
-    run: dict,     # seed, start (a model), steps, asked and judged (below), and what differs from the defaults
+    run: dict,     # seed, start (a model), steps, asked and judged (below), and what is not default
     folder: Path,  # for the trainer's files and predictions
     trainer_class=SpatialGRPOTrainer,
     more_rewards=lambda run, codec: {},  # reward function -> its weight

@@ -40,7 +40,7 @@ from train_shipped import MIRRORS, drawn, learn_chains, real
 HERE, SEEDS = Path(__file__).resolve().parent, 5
 STARTS = {"answers-early": 300, "answers-middle": 900, "answers-late": 3000,  # steps of SFT
           "chains-early": 400, "chains-middle": 1200}
-RATE = 8e-4
+RATE = 3e-4
 JUDGED = ("rival", "all", "real")
 
 # what an arm changes: settings of `grpo_run`, or `extra` (below)
