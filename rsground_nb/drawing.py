@@ -118,7 +118,7 @@ class Style:
     kinds: tuple = (4, 4)          # fewest and most categories in one scene
     crowded: float = 0.0           # share of scenes with at least half of the most objects; 0: any number
     gap: float = 0.02              # between two boxes
-    covered: float = 0.0           # share of objects that a cloud or a tree crown is put on or beside
+    covered: float = 0.0           # share of objects with a cloud or a tree crown on or beside them
     details: bool = False          # windows, court lines, ...
     shadow: float = 0.1            # length of a shadow as share of the object's length; 0: none
     sun: tuple = (0.785, 0.785)    # range of the direction in which shadows fall, radians clockwise from +x

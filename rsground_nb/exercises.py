@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # %% ../nbs/reference/exercises.ipynb #f600bcfb
 @dataclass
 class Exercise:
-    "One exercise of a chapter. Nothing that the reader writes can stop the notebook."
+    "One exercise of a chapter. A wrong answer or an error in it does not stop the notebook."
     find_fault: Callable             # answer -> what is wrong with it, or ''
     draw: Callable | None = None     # answer -> a figure or a table of what it does
 
