@@ -112,7 +112,7 @@ def load_processor(
     name: str,               # of SHIPPED, a local folder, or a hub name
     max_pixels: int | None,  # larger images are shrunk to this area; None: what the folder says
 ) -> GroundingProcessor:
-    """The processor of a model, without its video part; `max_pixels` decides on the number of visual tokens.
+    """The processor of a model, without its video part; `max_pixels` sets the number of visual tokens.
     Raises as `folder_and_kind`."""
     folder, kind = folder_and_kind(name)
     eyes = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -140,8 +140,8 @@ def check_index(name, folder):
                          "weights are read from safetensors files in the same folder")
 
 def load_weights(name, folder, kind, **kwargs):
-    """The model; `kwargs` go to from_pretrained. Raises ValueError for weights in pickles, broken, missing or
-    of another shape; OSError if there are none."""
+    """The model; `kwargs` go to from_pretrained. Raises ValueError for weights that are pickled, broken,
+    missing or of another shape, and OSError if there are none."""
     check_index(name, folder)
     try:
         model, said = AutoModelForImageTextToText.from_pretrained(

@@ -70,7 +70,7 @@ def memory_plan(
         "Adam": 2 * trained,
         "keys and values": cached * size,
         "activations": layers * inputs + layer if checkpointing else layers * layer,
-        # themselves, their log-softmax, their gradient
+        # the logits, their log-softmax and their gradient
         "logits": 3 * rows_per_pass * completion_tokens * text.vocab_size * size,
     }, name="GiB") / 2 ** 30
 

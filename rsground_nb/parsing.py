@@ -42,7 +42,7 @@ FOUR = re.compile(r"(?:\D*+\d++){4}")                                         # 
 LOCATION = re.compile(r"<(?:loc|bin|coord)_(\d+)>")                           # one number in Florence-2
 
 def in_order(values, names):
-    "Four numbers as x1, y1, x2, y2, ordered by the names before them (None: no name); None if no box."
+    "Four numbers as x1, y1, x2, y2, ordered by the names before them; None if they are not a box."
     named = dict(zip(names, values))
     for edges in EDGES:
         if named.keys() != set(edges): continue
@@ -78,7 +78,7 @@ def with_thousands(run):
     return [float(p.replace(",", "")) for p in parts]
 
 def run_box(text, start, end):
-    "The box that a run of numbers, text[start:end], means as a list; None if it means none."
+    "The box, as a list, that the run of numbers text[start:end] stands for; None if it is not a box."
     if is_cut(text, start, end): return None
     run = text[start:end]
     numbers = LOOSE.findall(run)
@@ -93,7 +93,7 @@ def run_box(text, start, end):
 def loose_boxes(
     text: str,
 ) -> tuple:
-    "(boxes, reason): the boxes that the runs mean, and the reason if there is none."
+    "(boxes, reason): the boxes that the runs stand for, and the reason if there is none."
     if not FOUR.match(text): return [], NO_BOX
     if "><" in text and "_" in text: text = LOCATION.sub(r" \1 ", text)
     boxes, reason = [], NO_BOX
@@ -102,7 +102,7 @@ def loose_boxes(
         why = "but cut off or no edges" if count == 4 else "not four"
         if box: boxes.append(box)
         else: reason = f"{NO_BOX}: {count} numbers in a row, {why}"
-    if "%" in text: reason = f"{NO_BOX}: percent is no unit of a model"
+    if "%" in text: reason = f"{NO_BOX}: percent is not a known unit"
     return boxes, reason
 
 # %% ../nbs/reference/parsing.ipynb #1761ebfc

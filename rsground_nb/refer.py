@@ -40,7 +40,7 @@ def read_detections(
     format: str | None = None,         # one of DETECTIONS; None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own
 ) -> tuple:
-    "(rows, findings): one row for each annotated object. Raises ValueError for a format without all objects."
+    "(rows, findings): one row per annotated object. Raises ValueError for a format not in DETECTIONS."
     path = Path(path)
     if path.is_file() and images is None: images = path.parent
     found, rows, findings = read_rows(path, format, images, detections=True)
@@ -120,7 +120,7 @@ def ask(rows: list, window, hops, rng, refused: Counter, rules, smallest: float)
     picture, for_rules, reasons = look(rows, window, smallest)
     whole = tuple(window) == (0, 0, rows[0]["width"], rows[0]["height"])
     if sum(t.sure for t in picture.things) < (1 if whole else 2):
-        refused["picture without a sure object" if whole else "window with less than two sure objects"] += 1
+        refused["picture without a sure object" if whole else "window with fewer than two sure objects"] += 1
         return []
     asked = []
     for n in hops:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 # %% ../nbs/reference/scale.ipynb #3e09ef6a
 @dataclass(frozen=True)
 class Scale:
-    "All sizes of one run. Lengths of images are in pixels, learning rates per optimiser step."
+    "All sizes of one run. Image lengths are in pixels, learning rates per optimiser step."
     name: str
     model: str                  # the base: "tiny" (in the package), a local folder, or a hub name
     num_train: int              # drawn scenes for training, one expression each
@@ -36,7 +36,7 @@ class Scale:
     prompts_per_step: int       # questions in one GRPO step
     num_generations: int        # rollouts per question, G
     temperature: float          # of the rollouts
-    scale_rewards: str          # "group", "batch" or "none": whose spread divides advantages
+    scale_rewards: str          # "group", "batch" or "none": whose spread divides the advantages
     grpo_learning_rate: float
     max_completion_length: int  # tokens
     rows_per_pass: int          # rows in one forward and backward pass; gradients of passes are summed
@@ -73,14 +73,14 @@ def get_scale(
 
 # %% ../nbs/reference/scale.ipynb #1efaf9d2
 def keep_memory():
-    "Let glibc keep freed blocks of up to 32 MiB, 1 GiB in all, for the next step. Does nothing elsewhere."
+    "Let glibc keep freed blocks of up to 32 MiB, 1 GiB in all, for the next step. Linux only."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt: mallopt(-3, 32 << 20), mallopt(-1, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
 
 def start(
     seed: int,  # any non-negative integer
 ):
-    "Seed Python, numpy and torch; without a GPU also keep torch to one thread, and `keep_memory`."
+    "Seed Python, numpy and torch; without a GPU, also limit torch to one thread and call `keep_memory`."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from transformers import set_seed
@@ -121,7 +121,7 @@ def write_whole(path: str | Path, text: str):
 
 # %% ../nbs/reference/scale.ipynb #b06412e8
 def finish_stage(
-    folder: str | Path,  # the stage's own folder; made if missing
+    folder: str | Path,  # the stage's own folder; created if missing
     **settings,          # the settings that `stage_ready` will compare
 ):
     "Write the file that marks a stage as finished. Call it last: an interrupted stage has no such file."
