@@ -120,7 +120,7 @@ def noun_of(row, phrase):
     spoken = re.sub(r"^(?:the|a|an) ", "", spoken, flags=re.I) if phrase.unknown else "object"
     noun = understood and phrase.target or row.get("category") or spoken
     if re.search(r"[<>\[\](){}]", noun):
-        raise ValueError(f"the name {noun!r} has characters that are reserved for answers")
+        raise ValueError(f"expression or category gives {noun!r}, with characters reserved for answers")
     return noun if phrase.number == 1 else plural(noun)
 
 RANKS = {k: word for word, k in ORDINALS.items() if word.isalpha()}
@@ -151,9 +151,9 @@ def find_target(row):
     "The target's entry in `objects`; None if `objects` is None. Raises ValueError if it has no entry."
     if row.get("objects") is None: return None
     same = [o for o in row["objects"] if list(o["box"]) == list(row["box"])]
-    if not same: raise ValueError(f"none of the {len(row['objects'])} objects has the row's box")
+    if not same: raise ValueError(f"objects: none of the {len(row['objects'])} has the row's box")
     target = next((o for o in same if o["category"] == row.get("category")), same[0])
-    if not target["category"]: raise ValueError("the object with the row's box has no category")
+    if not target["category"]: raise ValueError("objects: the one with the row's box has no category")
     return target
 
 @cache
