@@ -348,7 +348,7 @@ def test_any_text_gives_a_chain_or_a_reason(text, objects):
     (one("the car", (60, 40, 40, 60)), "has no area"),
     (one("the car", (40.6, 40, 41.6, 42.4)), "keeps an IoU"),
     (one("the car", (1, 2, float("inf"), 4)), "not finite"), (one(" "), "expression is empty"),
-    (one(None), "expression is empty"), (one("<answer>", category=None), "signs"),
+    (one(None), "expression is empty"), (one("<answer>", category=None), "reserved for answers"),
     (one("the car", objects=[]), "objects"),
     (one("the car", objects=[thing(None, None, 40, 40, 60, 60)]), "no category"),
     (one("the car", objects=[thing("car", "red", 1, 2, 3, 4)]), "objects"),
