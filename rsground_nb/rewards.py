@@ -20,7 +20,7 @@ from .boxes import BOX, Codec, parse_completion
 # %% ../nbs/07_rewards.ipynb #e3b6e5c4
 def group_advantages(
     rewards: torch.Tensor,         # (..., questions, num_generations); group and none also accept one group
-    scale_rewards: str = "group",  # as in TRL: divide by the std of the group, of the batch, or by nothing
+    scale_rewards: str = "group",  # divide by the std of the group, by that of the batch, or not (none)
 ) -> torch.Tensor:
     """Advantages, in the shape of the rewards. A group of equal rewards, or of one reward, gives zeros.
     Raises ValueError for an unknown `scale_rewards`."""
