@@ -21,7 +21,7 @@ def check_groups(
     num_generations: int,
     boxes: torch.Tensor | None = None,   # (questions * num_generations, 4), if there are boxes
 ):
-    "Raises ValueError for incomplete groups, an IoU that is NaN or outside [0, 1], or boxes of the wrong shape."
+    "Raises ValueError for incomplete groups, IoUs outside [0, 1] or NaN, or boxes of the wrong shape."
     if num_generations < 1 or len(ious) % num_generations:
         raise ValueError(f"{len(ious)} rollouts do not make whole groups of {num_generations}")
     if boxes is not None and boxes.shape != (len(ious), 4):
