@@ -503,8 +503,8 @@ def score_batch(
 
 # %% ../nbs/deeper/rollouts.ipynb #326fb375
 class SharedPromptTrainer(GRPOTrainer):
-    """TRL's GRPO; the parts that `args.share_prompt` names (True, False, or names of SHARED) are computed once
-    per group. With False it equals TRL bit for bit. With dropout (LoRA's or the model's), the rollouts of a
+    """TRL's GRPO; the parts that `args.share_prompt` names (True, False, or names of SHARED) are computed
+    once per group. With False it equals TRL bit for bit. With dropout (LoRA's or the model's), the rollouts of a
     group share one mask over their prompt in the loss; TRL draws one for each.
     Raises ValueError if sharing is not possible."""
 
