@@ -16,14 +16,14 @@ from .rewards import parsed, text_of
 
 # %% ../nbs/09_grpo.ipynb #cd9ab008
 class SpatialGRPOTrainer(GuardedTrainer):
-    """TRL's GRPO with each group's advantages, or its loss, scaled by its consistency weight; the weight is 1
-    if `iou_reward` returns None. Raises ValueError unless a reward function is named `iou_reward`, or if it
-    returns anything outside [0, 1]."""
+    """TRL's GRPO trainer, which scales each group's advantages, or its loss, by its consistency weight. The
+    weight is 1 if `iou_reward` returns None. Raises ValueError if no reward function is named `iou_reward`,
+    or if it returns anything outside [0, 1]."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.consistency and "iou_reward" not in self.reward_func_names:
-            raise ValueError("the consistency weight needs a reward function named iou_reward; there are "
+            raise ValueError("the consistency weight needs a reward function named iou_reward; given are "
                              f"{', '.join(self.reward_func_names)}")
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

@@ -168,7 +168,7 @@ def text_of(completion) -> str:
 
 @lru_cache(maxsize=1024)
 def answered(text, codec, width, height):
-    "The answered box in original pixels; NaN if there is none."
+    "The predicted box in original pixels; NaN if there is none."
     box = parsed(text).box
     return (math.nan,) * 4 if box is None else codec.decode(box, width, height)
 
@@ -203,7 +203,7 @@ REWARD_WEIGHTS = [1.0, 1.0, 0.1]  # format, IoU, beta times positional: paper se
 class BoxReward:
     """A reward with TRL's signature, which can be pickled; None for rows without a box. It needs the columns
     box, width and height (original pixels); a column `codec`, one name for each row, overrides its own codec.
-    Raises ValueError for an unknown name and for the faults that `asked` finds."""
+    Raises ValueError for an unknown name and for the errors that `asked` finds."""
     of: str = "iou"         # a name of `box_rewards`
     codec: Codec = Codec()  # of the model in training
     alpha: float = 2.5      # of the positional reward

@@ -201,7 +201,7 @@ def draw_tokens(
     broken = (~((total > 0) & total.isfinite())).sum()
     if broken:
         raise RuntimeError(f"{int(broken)} of {len(chances)} rows of chances hold nan or inf or sum to 0: "
-                           "the logits are not finite. Lower the learning rate, avoid float16")
+                           "the logits are not finite. Lower the learning rate and avoid float16")
     return torch.searchsorted(running, torch.rand_like(total) * total, right=True)[:, 0]
 
 # %% ../nbs/deeper/rollouts.ipynb #9357666a
@@ -342,7 +342,7 @@ def by_group(
     return {name: fold(name, x) for name, x in batch.items()}
 
 def by_rollout(
-    batch: dict,  # of by_group
+    batch: dict,  # from by_group
 ) -> dict:
     "The batch with one entry per rollout again; images stay once per group."
     num_generations = batch["completion_ids"].shape[1]
@@ -456,7 +456,7 @@ def write_batch(
     prompt_ids: list,  # tokens of the prompt of every rollout
     fields: dict,      # mm_token_type_ids, pixel_values, image_grid_thw; once per group
     num_generations: int,
-    rules: dict,       # of `generation_rules`
+    rules: dict,       # from `generation_rules`
     eos, device,
 ) -> list:
     "The tokens of every rollout, from prompts as TRL holds them."
@@ -503,9 +503,9 @@ def score_batch(
 
 # %% ../nbs/deeper/rollouts.ipynb #326fb375
 class SharedPromptTrainer(GRPOTrainer):
-    """TRL's GRPO; the parts that `args.share_prompt` names (True, False, or names of SHARED) are computed
-    once per group. With False it equals TRL bit for bit. With dropout (LoRA's or the model's), the rollouts of a
-    group share one mask over their prompt in the loss; TRL draws one for each.
+    """TRL's GRPO trainer, which computes the parts that `args.share_prompt` names (True, False, or names of
+    SHARED) once per group. With False it equals TRL bit for bit. With dropout (LoRA's or the model's), the
+    rollouts of a group share one mask over their prompt in the loss; TRL draws one for each.
     Raises ValueError if sharing is not possible."""
 
     def __init__(self, *args, **kwargs):
