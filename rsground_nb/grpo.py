@@ -23,8 +23,8 @@ class SpatialGRPOTrainer(GuardedTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.consistency and "iou_reward" not in self.reward_func_names:
-            raise ValueError("the consistency weight needs a reward function named iou_reward; the given ones "
-                             f"are {', '.join(self.reward_func_names)}")
+            raise ValueError("the consistency weight needs a reward function named iou_reward; the given "
+                             f"ones are {', '.join(self.reward_func_names)}")
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
