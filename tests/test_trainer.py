@@ -295,7 +295,7 @@ def test_a_prompt_that_does_not_fit_the_model_is_refused_before_training():
 
 def test_rewards_without_iou_are_refused_before_training():
     def other_reward(completions, **columns): return [0.0] * len(completions)
-    with pytest.raises(ValueError, match="named iou_reward; there are other_reward"):
+    with pytest.raises(ValueError, match="named iou_reward; the given ones are other_reward"):
         told(rewards=[other_reward])
     assert told(rewards=[other_reward], consistency=False).reward_func_names == ["other_reward"]
 
