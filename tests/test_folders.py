@@ -271,7 +271,7 @@ REFUSED = {
                                           format="pt"),
                         r"\d weights of a qwen3_vl model are not in the files"),
     "other shape": (lambda f: weights(f, lambda found: found.update({next(iter(found)): torch.zeros(3, 5)}),
-                                      format="pt"), "have a different shape than its config.json says")}
+                                      format="pt"), "do not have the shapes that its config.json gives")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
