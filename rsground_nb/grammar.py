@@ -510,7 +510,7 @@ HALVES = {
 def region(
     box, width, height,  # original pixels
 ) -> str:
-    "Name of the ninth of the image that holds the centre of the box."
+    "Name of the ninth of the image that contains the centre of the box."
     where = ((box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height)
     return cell_name(*(min(2, max(0, int(3 * v))) - 1 for v in where))
 

@@ -102,7 +102,7 @@ def loose_boxes(
         why = "but they are cut off or not the edges of a box" if count == 4 else "not four"
         if box: boxes.append(box)
         else: reason = f"{NO_BOX}: {count} numbers in a row, {why}"
-    if "%" in text: reason = f"{NO_BOX}: percent is not a unit of any model"
+    if "%" in text: reason = f"{NO_BOX}: percent is not a known unit"
     return boxes, reason
 
 # %% ../nbs/reference/parsing.ipynb #1761ebfc

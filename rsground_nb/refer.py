@@ -40,7 +40,7 @@ def read_detections(
     format: str | None = None,         # one of DETECTIONS; None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own
 ) -> tuple:
-    "(rows, findings): one row for each annotated object. Raises ValueError for other formats."
+    "(rows, findings): one row per annotated object. Raises ValueError for a format not in DETECTIONS."
     path = Path(path)
     if path.is_file() and images is None: images = path.parent
     found, rows, findings = read_rows(path, format, images, detections=True)

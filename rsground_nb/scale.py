@@ -121,7 +121,7 @@ def write_whole(path: str | Path, text: str):
 
 # %% ../nbs/reference/scale.ipynb #b06412e8
 def finish_stage(
-    folder: str | Path,  # the stage's own folder; made if missing
+    folder: str | Path,  # the stage's own folder; created if missing
     **settings,          # the settings that `stage_ready` will compare
 ):
     "Write the file that marks a stage as finished. Call it last: an interrupted stage has no such file."

@@ -67,7 +67,7 @@ RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": 
 SIZES = ("largest", "smallest")
 
 def same_kind(picture, category):
-    "The objects that the category may mean: a 'tank' may also be a 'storage tank'."
+    "The objects that the category may refer to: a 'tank' may also be a 'storage tank'."
     return [t for t in picture.things if t.category == category or t.category.endswith(f" {category}")]
 
 def lead(a, b, axis, sign):

@@ -91,7 +91,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
 @pytest.mark.parametrize("words, message", [
     ("grpo --config no/such.yaml", "no/such.yaml"),
     ("grpo --config tiny_grpo.yaml --lerning_rate 1",
-     "unknown setting --lerning_rate: do you mean --learning_rate?"),
+     "unknown setting --lerning_rate: did you mean --learning_rate?"),
     ("grpo --config tiny_grpo.yaml --max_pixels 3", "max_pixels 3: at least 3136"),
     ("sft --config tiny_sft.yaml --scale smokey", "unknown scale 'smokey'"),
     ("sft --config tiny_sft.yaml --scenes_seed -1", "scenes_seed -1"),
@@ -102,7 +102,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
     ("sft --dataset_name scenes", "--max_pixels"),
     ("sft --config tiny_sft.yaml --use_cpu false --bf16 true", "use_cpu"),
     ("sft --config tiny_sft.yaml --chains no/chains", "no/chains is not a finished folder of chains"),
-    ("sft --config tiny_sft.yaml --resume_from_checkpoint true", "holds no whole checkpoint"),
+    ("sft --config tiny_sft.yaml --resume_from_checkpoint true", "holds no complete checkpoint"),
     ("sft --config tiny_sft.yaml --split prod", "no split 'prod': use one of train, val, test"),
     ("sft --config tiny_sft.yaml --data no/such/folder", "no/such/folder is not a folder"),
     ("grpo --config tiny_grpo.yaml", "model_name_or_path runs/tiny-sft/model: no folder with a model here"),

@@ -6,7 +6,7 @@
     rsground data refer TURNED/3 REAL/3 --window 140 180 225 290 360 --seed 3
     rsground data refer TURNED/4 REAL/4 --window 150 200 256 320 --seed 4
     python tests/train_shipped.py sft REAL OUT
-        from the base: three parts, the last one with the mirrored pictures
+        from the base: four parts; the last two with mirrored pictures, the last one with the vision tower
     python tests/train_shipped.py ask REAL OUT
         the questions for GRPO: those that four rollouts answer differently
     python tests/train_shipped.py grpo REAL OUT SEED
@@ -107,8 +107,9 @@ def real(folder, split, least, chains=None):
     return rows.select(np.flatnonzero(fits))
 
 
-def learn_chains(model, processor, rows, steps, rate, seed, out):
-    """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out."""
+def learn_chains(model, processor, rows, steps, rate, seed, out, tower=False):
+    """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out. `tower`: the
+    vision tower learns, too."""
     drafts = rule_drafts(rows, codec_of(model.config.model_type, processor))
     chains = rows.select_columns(["image"]).add_column("prompt", [to_prompt(e) for e in rows["expression"]])
     chains = chains.add_column("completion",
@@ -118,6 +119,7 @@ def learn_chains(model, processor, rows, steps, rate, seed, out):
                             and len(processor.tokenizer(d.completion).input_ids) <= 150])
     size = replace(WORKSHOP, sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
     trainer = sft_trainer(model, processor, chains, size, seed, out, disable_tqdm=True)
+    trainer.model.model.visual.requires_grad_(tower)
     trainer.train()
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
 
@@ -127,13 +129,15 @@ def train_sft(folder, out):
     began, (model, processor), scenes = time.time(), load_vlm("tiny"), drawn(12288, 0, "train", False)
     least = {k: [real(folder / "0", "train", k, True)] for k in (0.09, 0.14)}
     turned = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in MIRRORS]
-    parts = [([scenes, *least[0.09]], 3000, 2e-3, 0), ([scenes, *least[0.14] * 4], 2000, 1.5e-3, 1),
-             ([drawn(6000, 0, "train", False), *least[0.14], *turned], 1500, 1e-3, 0)]
+    mixed = [drawn(6000, 0, "train", False), *least[0.14], *turned]
+    parts = [([scenes, *least[0.09]], 3000, 2e-3, 0, False),
+             ([scenes, *least[0.14] * 4], 2000, 1.5e-3, 1, False),
+             (mixed, 1500, 1e-3, 0, False), (mixed, 1500, 1e-3, 7, True)]
     logs = []
-    for rows, steps, rate, seed in parts:
+    for rows, steps, rate, seed, tower in parts:
         start(seed)
         logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed,
-                                 out / "trainer"))
+                                 out / "trainer", tower))
     save(model, processor, out / "sft", pd.concat(logs), began)
 
 
