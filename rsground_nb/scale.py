@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'WORKSHOP', 'GPU', 'SCALES', 'Scale', 'get_scale', 'keep_memory', 'start', 'stage_ready', 'write_whole',
-           'finish_stage', 'locked', 'verdict']
+           'finish_stage', 'locked']
 
 # %% ../nbs/reference/scale.ipynb #ec6ce4e8
 import ctypes
@@ -139,13 +139,3 @@ def locked(
     except Timeout: raise ValueError(f"{folder} is in use by another process: wait until it ends") from None
     try: yield
     finally: lock.release()
-
-# %% ../nbs/reference/scale.ipynb #a80168ea
-def verdict(
-    answer,    # None: not answered yet
-    is_right,  # function of the answer; an error in it counts as wrong
-) -> str:
-    "`right`, `wrong`, `wrong: …` with the error that the answer raised, or `not answered yet`."
-    if answer is None: return "not answered yet"
-    try: return "right" if is_right(answer) else "wrong"
-    except Exception as problem: return f"wrong: {type(problem).__name__}: {problem}"

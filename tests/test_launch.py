@@ -64,7 +64,7 @@ def test_the_figures_in_a_ready_file_are_the_plan(path):
     if "qwen" not in path.stem: assert "GiB" not in path.read_text()
     elif path.stem == "qwen_24gb_grpo":
         line = plan_line(plan(Qwen2_5_VLConfig(**QWEN_3B), *parsed(path)))
-        assert f"# GiB a card: {line}\n" in path.read_text(), (
+        assert f"# GiB per GPU: {line}\n" in path.read_text(), (
             "write the comment anew, or find out why the plan changed")
 
 
