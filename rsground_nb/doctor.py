@@ -29,11 +29,11 @@ def check_image(
     path: Path,
     decode: bool = True,  # False: the header only
 ) -> list:
-    "What is odd about a usable image, as a list of Defect. Raises Defect for one that cannot be used."
+    "The oddities of a usable image, as a list of Defect. Raises Defect if the image cannot be used."
     image_size(path)
     if decode: read_image(path)
     with open_image(path) as image:
-        # many cameras write such .jpg files: a JPEG followed by a second picture
+        # many cameras save this as .jpg: a JPEG followed by a second picture
         kind = "JPEG" if image.format == "MPO" else image.format
         wrong = ENDINGS.get(path.suffix.lower(), kind) != kind
     return turned(path) + (
@@ -87,15 +87,15 @@ def examine(
     return Report(path, format, good, findings, len(found))
 
 def count_objects(root: Path) -> int | None:
-    "How many objects the Annotations folder beside an index file holds; None if there is none."
+    "The number of objects in the Annotations folder beside an index file; None without such a folder."
     if not (root / "Annotations").is_dir(): return None
     return sum(len(lines_of(p.read_bytes(), "object")) for p in annotation_files(root) if p.is_file())
 
 # %% ../nbs/reference/doctor.ipynb #43a25c52
-LISTED = 10  # findings of one kind that are listed unless all are asked for
+LISTED = 10  # how many findings of one kind are listed unless all are asked for
 
 def print_findings(findings: list, everything: bool = False):
-    "Prints how many findings and lost rows there are of each kind, then the findings themselves."
+    "Prints the number of findings and lost rows of each kind, then the findings themselves."
     counts, lost = Counter(f.kind for f in findings), Counter()
     for f in findings: lost[f.kind] += 0 if f.kept else f.rows
     for kind, count in counts.most_common():
@@ -116,7 +116,7 @@ def doctor(
     frame: str | None = None,            # a key of FRAMES, if the boxes are not in pixels
     everything: bool = False,            # list all findings, not the first ten of each kind
 ) -> int:
-    "Prints the result of `examine`. Exit code: 0 no findings, 1 findings, 2 not readable at all."
+    "Prints the result of `examine`. Returns 0 without findings, 1 with findings, 2 if nothing can be read."
     try:
         if manifest: check_target(manifest, data_parts(path)[0])
         report = examine(path, format, images, decode, frame)

@@ -39,12 +39,12 @@ from .reading import (
 from .shapes import encode_mask, mask_box, mask_text, run_lengths
 
 # %% ../nbs/reference/files.ipynb #9e2899e1
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")  # what becomes part of a file name, such as a split
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")  # for texts that become part of a file name, such as a split
 
 TEXTS = ("expression", "image_id", "expression_id", "category", "source", "split", "mask", "image")
 
 def check_texts(row: dict):
-    "Raises Defect for a text field that holds no text, or is not UTF-8."
+    "Raises Defect if a text field holds something else or is not UTF-8."
     texts = [(name, row.get(name)) for name in TEXTS]
     texts += [("objects", o[name]) for o in row.get("objects") or () for name in ("category", "colour")]
     for name, value in texts:
@@ -56,7 +56,7 @@ def check_texts(row: dict):
 def check_row(
     row: dict,  # expression, box, width, height (None: not known)
 ) -> list:
-    "What is odd about a usable row, as a list of Defect. Raises Defect for a row that cannot be used."
+    "What is odd about a usable row, as a list of Defect. Raises Defect if the row cannot be used."
     check_texts(row)
     x1, y1, x2, y2 = row["box"]
     shown, odd = ", ".join(f"{v:g}" for v in row["box"]), []
@@ -77,15 +77,15 @@ def check_row(
     if re.search(r"\s\s", row["expression"]):
         odd.append(Defect("spacing", "two spaces in a row in the expression"))
     if "<|" in row["expression"]:
-        said = f"the expression holds a mark of chat templates: {quote(row['expression'])}"
+        said = f"the expression contains a token of chat templates: {quote(row['expression'])}"
         odd.append(Defect("special token", said))
     return odd
 
 # %% ../nbs/reference/files.ipynb #7d20c4b1
-FRAMES = {  # results of `guess_frame` -> what the four numbers are
+FRAMES = {  # results of `guess_frame` -> what the four numbers mean
     "shares": "shares of the sides (0 to 1)", "percent": "percent of the sides (0 to 100)",
     "thousandths": "thousandths of the sides (0 to 1000)", "xywh": "x, y, width, height",
-    "corners": "x1, y1, x2, y2 in COCO's place for x, y, width, height"}
+    "corners": "x1, y1, x2, y2 where COCO has x, y, width, height"}
 FRAMED = ("jsonl", "coco", "dior_rsvg", "voc", "voc_turned", "rsvg_hr", "refgeo")  # boxes in pixels
 GRIDS = {"shares": 1, "percent": 100, "thousandths": 1000}  # units per side
 
@@ -117,7 +117,7 @@ def in_pixels(
     "The values in original pixels. Raises Defect if the size of the image is needed and not known."
     if frame in GRIDS:
         if width is None:
-            raise Defect("size", f"the size of the image is not known: {FRAMES[frame]} cannot become pixels")
+            raise Defect("size", f"the size of the image is not known: {FRAMES[frame]} cannot be converted")
         return [v * side / GRIDS[frame] for v, side in zip(values, (width, height) * len(values))]
     if frame is None or len(values) != 4: return values
     x, y, w, h = values
@@ -220,7 +220,7 @@ def read_index(
     path: Path,
     count: int | None,  # how many objects there are; None: not known
 ) -> tuple:
-    "(numbers, findings): the usable numbers of an index file in their order, each once."
+    "(numbers, findings): the usable numbers of an index file, in order and each only once."
     found, findings = {}, []
     try: lines = text_lines(path) if read_bytes(path).strip() else []
     except Defect as e: return [], [Finding("index", str(e), path.name)]
@@ -238,7 +238,7 @@ def read_index(
 SPLITS = ("train", "val", "test")
 
 def annotation_files(root: Path) -> list:
-    "The XML files in sorted order, which defines the numbers; without the ._ files that macOS writes."
+    "The XML files in sorted order, which defines the object numbers, without the ._ files of macOS."
     folder = root / "Annotations"
     names = sorted(os.listdir(folder))
     return [folder / name for name in names if name.endswith(".xml") and not name.startswith(".")]
@@ -248,7 +248,7 @@ def read_dior_rsvg(
     images: ImageFolder,
 ) -> tuple:
     """XML files with <object> elements (bndbox, description), and train.txt, val.txt, test.txt (or these in
-    split/) with one object number a line. Rows come in the order of the index files."""
+    split/) with one object number per line. Rows come in the order of the index files."""
     objects, findings, rows, used = [], [], [], set()
     def note(kind, message, lost=0): findings.append(Finding(kind, message, root.name, rows=lost))
     for path in tqdm(annotation_files(root), desc="reading annotations", unit=" files", delay=3):
@@ -303,7 +303,7 @@ def read_rsvg_hr(path: Path, images: ImageFolder) -> tuple:
 VRSBENCH_SIDE = 512  # pixels; all its images are square
 
 def percent_box(text) -> list:
-    """Shares of the side from `{<x1><y1><x2><y2>}`, written in percent; an angle behind `|` is left out.
+    """Shares of the side from `{<x1><y1><x2><y2>}`, written in percent; an angle after `|` is left out.
     Raises Defect."""
     corners = numbers(re.findall(r"<([^<>]*)>", text_of(text, "box").split("|")[0]), CORNERS)
     over = [v for v in corners if not 0 <= v <= 100]
@@ -467,8 +467,8 @@ def said_text(said) -> str:
     return said
 
 def turn_pairs(turns: list) -> list:
-    """(question, answer) for every question of a conversation, without turns of system and tools. Raises
-    Defect."""
+    """(question, answer) for every question of a conversation, without the turns of the system and of
+    tools. Raises Defect."""
     said = []
     for turn in turns:
         role = field(turn, "from") if "from" in turn else turn.get("role")
@@ -519,8 +519,8 @@ def read_objects(found) -> list | None:
     ]
 
 def swift_objects(r: dict, pairs: list) -> tuple:
-    """(pairs, frame) of a row of ms-swift, where marks in the turns mean objects.bbox and objects.ref. Raises
-    Defect."""
+    """(pairs, frame) of a row of ms-swift, where placeholders in the turns refer to objects.bbox and
+    objects.ref. Raises Defect."""
     found = r.get("objects")
     if not isinstance(found, dict) or not found.get("bbox"): return pairs, None
     (question, answer), *more = pairs
@@ -552,9 +552,9 @@ def json_questions(path: Path):
                 yield line, place, (r, *pair, frame, f"{line or n}" + f":{k}" * (k > 0))
 
 def read_hops(found) -> int | None:
-    "The number of steps that lead to the object, a whole number from 1; None stays None. Raises Defect."
+    "The number of steps that lead to the object, at least 1; None stays None. Raises Defect."
     if found is not None and (type(found) is not int or found < 1):
-        raise Defect("wrong fields", f"hops is not a whole number from 1: {quote(found)}")
+        raise Defect("wrong fields", f"hops is not a whole number of at least 1: {quote(found)}")
     return found
 
 def read_jsonl(path: Path, images: ImageFolder) -> tuple:
@@ -597,7 +597,7 @@ def coco_runs(found, width: int, height: int) -> str | None:
     try: counts = run_lengths(counts) if isinstance(counts, str) else list_field(runs, "counts")
     except ValueError as e: raise Defect("bad mask", str(e)) from None
     if not all(type(n) is int and n >= 0 for n in counts):
-        raise Defect("bad mask", "run lengths must be whole numbers from 0")
+        raise Defect("bad mask", "run lengths must be whole numbers of at least 0")
     if sum(counts) != height * width:
         raise Defect("bad mask", f"RLE covers {quote(sum(counts))} of {height * width} pixels")
     return mask_text(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
@@ -661,7 +661,7 @@ def coco_row(a, pictures, names, images) -> dict:
 
 def usable_rows(rows: list) -> tuple:
     """(rows, findings) without crowds, and without rows whose expression is only a name that several objects
-    of the image have (`alike`): one finding for each image and name."""
+    of the image share (`alike`); one finding for each image and name."""
     kept, findings, groups = [], [], {}
     for r in rows:
         if r.get("doubtful") == "crowd":
@@ -678,7 +678,7 @@ def usable_rows(rows: list) -> tuple:
 
 def read_coco(path: Path, images: ImageFolder) -> tuple:
     """A COCO file. The expression is the annotation's expression, caption or description; without one, its
-    category, if the image holds one of it."""
+    category, if the image has only one such object."""
     pictures, names, annotations = open_instances(path)
     if annotations and not any(isinstance(a, dict) and "bbox" in a for a in annotations):
         raise Defect("unreadable", "no annotation has a bbox")
@@ -766,7 +766,7 @@ def find_stem(images: ImageFolder, stem: str) -> Path | None:
 # %% ../nbs/reference/files.ipynb #825deec1
 def read_voc(path: Path, images: ImageFolder) -> tuple:
     """Pascal VOC XML: like DIOR-RSVG without descriptions; the splits are lists of file stems in
-    ImageSets/Main/. The expression is the name, if the image holds one of it."""
+    ImageSets/Main/. The expression is the name, if the image has only one such object."""
     rows, findings = read_xml(path, images, text="name")
     objects = open_xml(path)[0].findall("object")
     counts = Counter(e.findtext("name") for e in objects)
@@ -865,7 +865,7 @@ def count_alike(rows: list, findings: list) -> tuple:
 
 def read_yolo(path: Path, images: ImageFolder) -> tuple:
     """Lines `class x y width height` in shares of the image, centre first, or `class` and a polygon; names in
-    classes.txt or data.yaml; the image is under images/ as the file under labels/. An empty file is an image
+    classes.txt or data.yaml; images/ is structured like labels/. An empty file is an image
     without objects."""
     if not read_bytes(path).strip(): return [], []
     names, (image, inside) = class_names(path, images), image_beside(path, images)
@@ -898,7 +898,7 @@ def read_yolo(path: Path, images: ImageFolder) -> tuple:
 # %% ../nbs/reference/files.ipynb #c60be2f5
 def read_dota(path: Path, images: ImageFolder) -> tuple:
     """Lines `x1 y1 x2 y2 x3 y3 x4 y4 category difficult` in pixels, after lines `imagesource:` and `gsd:`;
-    the image is under images/ as the file under labelTxt/."""
+    images/ is structured like labelTxt/."""
     if not read_bytes(path).strip(): return [], []
     head = re.compile(r"(imagesource|gsd)\s*:", re.I)
     lines = [(k, "", (k, text.split())) for k, _, text in text_lines(path) if not head.match(text)]
@@ -923,15 +923,15 @@ def read_dota(path: Path, images: ImageFolder) -> tuple:
 class Layout(NamedTuple):
     "Where a dataset keeps its files; paths are relative to its folder."
     read: Callable  # (path, images) -> (rows, findings)
-    # split -> patterns of annotation files, a file counts for the first that fits; split "" if the rows
-    # or other files say it
+    # split -> patterns of annotation files, of which the first that fits counts; split "" if the rows or
+    # other files name it
     files: dict
-    images: tuple   # those of these folders that exist
+    images: tuple   # the image folders, of which those that exist are used
 
 COCO_FILES = (
     "annotations/instances*.json", "instances*.json", "annotations/annotations.json", "annotations.json",
     "result.json", "_annotations.coco.json"
-)  # of exports that name no split
+)  # exports that do not name a split
 YEARS = ("train2017", "val2017", "test2017")
 COCO_IMAGES = (
     "images", *(f"images/{n}" for n in ("train", "val", "test", "default", *YEARS)), "JPEGImages", *YEARS,
@@ -1015,7 +1015,7 @@ def files_of(root: Path, layout: Layout) -> list:
 
 # %% ../nbs/reference/files.ipynb #fbe18155
 def formats_of(root: Path) -> list:
-    "The names of all layouts that find a file in a folder, nearest files first."
+    "The names of all layouts that find a file in a folder, those with the least nested files first."
     def depths(name):
         patterns = [p for several in LAYOUTS[name].files.values() for p in several]
         return [p.count("/") for p in patterns if any(may_be(f, name) for f in root.glob(p))]
@@ -1025,7 +1025,7 @@ def formats_of(root: Path) -> list:
     return names
 
 def may_be(path: Path, name: str) -> bool:
-    "False for a file whose content clearly belongs to a different layout than its name."
+    "False for a file whose name fits a layout but whose content clearly belongs to a different one."
     return name not in ("coco", "jsonl") or path.suffix != ".json" or guess_file(path) in (name, None)
 
 def has_descriptions(root: Path) -> bool:
@@ -1055,7 +1055,7 @@ def guess_json(text: str) -> str | None:
     return "coco" if names("images") else "vrsbench_objects" if names("objects") else None
 
 def guess_file(path: Path) -> str | None:
-    "The layout of a single file, from its ending and its beginning; \"index\" for a list of integers."
+    "The layout of a single file, from its ending and first bytes; \"index\" for a list of integers."
     if path.suffix not in (".xml", ".p", ".jsonl", ".json", ".txt") or not path.is_file(): return None
     with open(path, "rb") as file:
         text = file.read(1_000_000 if path.suffix == ".json" else 100_000).decode("utf-8-sig", "replace")
@@ -1114,8 +1114,8 @@ def read_rows(
     format: str | None = None,    # a key of LAYOUTS; None: guess
     images: str | Path | None = None,  # None: the layout's own; for a single file: not looked for
     probe: bool = False,          # read the header of every image
-    frame: str | None = None,     # a key of FRAMES, if the boxes are not as the layout has them
-    detections: bool = False,     # keep crowds, and objects that share a name with another in the image
+    frame: str | None = None,     # a key of FRAMES, if the boxes are not in the layout's usual frame
+    detections: bool = False,     # keep crowds, and objects that share a name in their image
 ) -> tuple:
     """(format, rows, findings): the usable rows of a dataset, and everything odd about its files. Raises
     ValueError for a path with no known layout."""
@@ -1166,8 +1166,8 @@ def read_files(files, root, read, images) -> tuple:
     return rows, findings
 
 def look_at_some(rows: list, count: int = 20) -> list:
-    """Findings about the headers of some images: a size other than declared, or a rotation by EXIF. The
-    doctor checks all images."""
+    """Findings about the headers of some images: a size other than declared, or a turn by EXIF. The doctor
+    checks all images."""
     first, findings = {r["image"]: r for r in reversed(rows) if r["image"]}, []
     for r in list(first.values())[::max(1, len(first) // count)][:count]:
         path, declared = Path(r["image"]), (r["width"], r["height"])
@@ -1180,8 +1180,8 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 def not_read(path: Path) -> str:
-    """Message for a path with no known layout, with a hint: an archive, only pictures, or a dataset one
-    folder deeper."""
+    """The message for a path with no known layout, with a hint if it is an archive, has only pictures, or has
+    a dataset one folder deeper."""
     if path.suffix.lower() in ARCHIVES: return f"{path} is an archive: unpack it and name the folder"
     if path.suffix.lower() in PICTURE_ENDINGS:
         return f"{path} is a picture: name the folder or the file with the boxes"
