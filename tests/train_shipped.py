@@ -10,7 +10,7 @@
     python tests/train_shipped.py ask REAL OUT
         the questions for GRPO: those that four rollouts answer differently
     python tests/train_shipped.py grpo REAL OUT SEED
-        from OUT/sft: questions with boxes only, on two processes
+        from OUT/sft: questions with boxes only
     python tests/train_shipped.py more REAL OUT SEED STEPS   its control: as many minutes of more CoT-SFT
     python tests/train_shipped.py judge REAL OUT       Acc@0.5 of every stage on the test questions
     python tests/train_shipped.py show REAL OUT        the README's picture: answers to questions drawn by lot
@@ -22,7 +22,6 @@ stand in the cards of the models.
 """
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -40,7 +39,6 @@ from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.evaluate import interval, predict
 from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm, to_prompt
-from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.refer import load_real_samples
 from rsground_nb.scenes import as_png, scene_records
@@ -148,7 +146,7 @@ def candidates(folder):
                                            for k in ("0", *MIRRORS)]])
 
 
-def ask(folder, out, count=3000):
+def ask(folder, out, count=6072):
     """Write OUT/asked.json: of `count` questions drawn by lot, those where the IoUs of four
     rollouts lie 0.4 apart or more."""
     start(0)
@@ -169,8 +167,8 @@ def ask(folder, out, count=3000):
     (out / "asked.json").write_text(json.dumps(kept))
 
 
-def train_grpo(folder, out, seed, steps=60):
-    """Every process of two calls it."""
+def train_grpo(folder, out, seed, steps=68):
+    "Once through the questions."
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     asked = candidates(folder).select(json.loads((out / "asked.json").read_text()))
@@ -179,8 +177,7 @@ def train_grpo(folder, out, seed, steps=60):
                            out / f"trainer-{seed}", disable_tqdm=True)
     trainer.train()
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
-    if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), processor, out / f"grpo-{seed}", log, began)
+    save(trainer.model, processor, out / f"grpo-{seed}", log, began)
 
 
 def save(model, processor, folder, log, began):
@@ -190,15 +187,14 @@ def save(model, processor, folder, log, began):
 
 
 def more_sft(folder, out, seed, steps):
-    """The control of GRPO: as many minutes of more CoT-SFT, on the rows of its last part.
-    Every process of two calls it."""
+    "The control of GRPO: as many minutes of more CoT-SFT as in its last part."
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     scenes = drawn(6000, 0, "train", False)
     parts = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in ("0", *MIRRORS)]
     log = learn_chains(model, processor, concatenate_datasets([scenes, *parts]), steps, 1e-3, 100 + seed,
-                       out / f"trainer-more-{seed}")
-    if int(os.environ.get("RANK", 0)) == 0: save(model, processor, out / f"more-{seed}", log, began)
+                       out / f"trainer-more-{seed}", tower=True)
+    save(model, processor, out / f"more-{seed}", log, began)
 
 
 def judge(folder, out):
@@ -264,14 +260,11 @@ def show(picture):
 
 
 if __name__ == "__main__":
-    import train_shipped  # by its name: other processes cannot find what __main__ defines
-
     stage, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if stage == "turn": turn(folder, out)
     if stage == "sft": train_sft(folder, out)
     if stage == "ask": ask(folder, out)
-    if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out, int(sys.argv[4]))
-    if stage == "more":
-        on_processes(2, train_shipped.more_sft, folder, out, int(sys.argv[4]), int(sys.argv[5]))
+    if stage == "grpo": train_grpo(folder, out, int(sys.argv[4]))
+    if stage == "more": more_sft(folder, out, int(sys.argv[4]), int(sys.argv[5]))
     if stage == "judge": judge(folder, out)
     if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")
