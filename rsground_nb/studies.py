@@ -118,7 +118,7 @@ def effect(
 ) -> dict:
     "Mean over questions of arm - other in IoU and in Acc@0.5, each with its 95 % bootstrap interval."
     found = {}
-    for name, score in (("IoU", np.asarray), ("Acc@0.5", lambda ious: ious >= 0.5)):
+    for name, score in (("IoU", np.asarray), ("Acc@0.5", lambda ious: np.asarray(ious) >= 0.5)):
         gap = score(arm).mean(0) - score(other).mean(0)
         low, high = interval(gap, images)
         found |= {name: float(gap.mean()), f"{name}_low": low, f"{name}_high": high}
