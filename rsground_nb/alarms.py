@@ -148,9 +148,11 @@ def above(log, name):
     if part is not None: yield about(name, part, text.format(part.mean()))
 
 def entropy_gone(log):
-    answer = column(log, "entropy") * column(log, "completions/mean_length")
+    for name in ("entropy", "completions/mean_length"): column(log, name)
+    answer = log["entropy"] * log["completions/mean_length"]
     if "completions/clipped_ratio" in log:  # TRL writes 0 if mask_truncated_completions leaves no token
-        answer = answer[column(log, "completions/clipped_ratio") < 1]
+        answer = answer.mask(log["completions/clipped_ratio"] == 1)
+    answer = answer.dropna()
     before = answer.iloc[:quarter(answer)].mean()
     part = lasting(answer, lambda mean: (mean < FEW) | (mean < COLLAPSED * before))
     if part is not None:
