@@ -148,6 +148,7 @@ def above(log, name):
     if part is not None: yield about(name, part, text.format(part.mean()))
 
 def entropy_gone(log):
+    "Alarm if the rollouts of a question are all but the same, or nine tenths of the entropy are lost."
     for name in ("entropy", "completions/mean_length"): column(log, name)
     answer = log["entropy"] * log["completions/mean_length"]
     if "completions/clipped_ratio" in log:  # TRL writes 0 if mask_truncated_completions leaves no token
@@ -184,6 +185,7 @@ def term_table(log) -> pd.DataFrame:
                              trend=[trend(column(log, f"rewards/{n}/mean")) for n in names]), index=names)
 
 def quiet_terms(log):
+    "Reward terms that hardly vary or hardly count; an alarm unless the log shows them learned anyway."
     reward = column(log, "reward")
     last = reward.iloc[-quarter(reward):]
     for name, term in term_table(log).iterrows():
@@ -202,6 +204,7 @@ def quiet_terms(log):
                         f"it{also}. To make it heard, raise its weight in reward_weights.", not also)
 
 def format_only(log):
+    "Alarm if of all rewards only those named `format` improve, or are heard."
     terms, reward = term_table(log), column(log, "reward")
     form = terms.index.str.lower().str.contains("format")
     if form.all() or not form.any(): return
@@ -215,6 +218,7 @@ def format_only(log):
                     "of the format reward, or use a task reward that also tells bad answers apart.")
 
 def held_out(log):
+    "Alarm if the reward rises, and `eval_reward` by less than a quarter as much."
     held = column(log, "eval_reward")
     reward = column(log.loc[held.index[0]:held.index[-1]], "reward")
     if len(held) < 4 or trend(reward) < RISES: return
@@ -230,6 +234,7 @@ NO_GRADIENT = 0.5  # of the steps: most of them then change nothing [ours]
 STUCK = 1e-5       # nats per token: 100 tokens together are within 0.001 nats of the reference [ours]
 
 def gradient_zero(log):
+    "Alarm if at least half of the steps have a gradient of exactly 0, with the reason."
     zero = column(log, "grad_norm") == 0
     part = lasting(zero.astype(float), lambda mean: mean >= NO_GRADIENT)
     if part is None: return
@@ -241,6 +246,7 @@ def gradient_zero(log):
     yield about("gradient zero", part, f"The gradient was 0 in {part.mean():.0%} of the steps, {why}.")
 
 def clip(log):
+    "Alarm if the clip acts on too many tokens; a remark says how many."
     clipped = column(log, "clip_ratio/region_mean")
     yield from above(log, "clip")
     text = f"The clip acted on {clipped.mean():.2%} of the tokens."
@@ -250,6 +256,7 @@ def clip(log):
     yield about("clip", clipped, text, alarm=False)
 
 def kl(log):
+    "Alarm if the model has left its reference, or never moved; a remark says how far it went."
     distance = column(log, "kl")
     yield from above(log, "KL")
     stuck = distance.max() < STUCK and trend(column(log, "reward")) < RISES
