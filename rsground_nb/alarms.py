@@ -69,7 +69,8 @@ def read_log(
     if "reward" not in log:
         raise ValueError(f"{path}, {found[0][0]} to {place}: no column reward, so not a log of TRL's GRPO "
                          f"(of its columns there are {', '.join(log)})")
-    return [run.set_index("step") for _, run in log.groupby((log["step"].diff() < 0).cumsum())]
+    runs = [run.set_index("step") for _, run in log.groupby((log["step"].diff() < 0).cumsum())]
+    return [run for run in runs if run["reward"].notna().any()]
 
 # %% ../nbs/reference/alarms.ipynb #a1a50012
 RISES = 2.5   # standard errors: chance reaches it once in 160 logs [ours]
@@ -238,7 +239,8 @@ def gradient_zero(log):
     zero = column(log, "grad_norm") == 0
     part = lasting(zero.astype(float), lambda mean: mean >= NO_GRADIENT)
     if part is None: return
-    silent = log[log["grad_norm"] == 0].get("frac_reward_zero_std", pd.Series([0])).eq(1).all()
+    share = log.get("frac_reward_zero_std", zero * 0).ffill()  # logged once per generation
+    silent = share[log["grad_norm"] == 0].eq(1).all()
     why = ("no group had two different rewards: see groups without signal" if silent else
            "although TRL counts groups with a signal. Perhaps all completions were cut and masked "
            "(mask_truncated_completions), the trainable weights take no part in the answer, or, with "

@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from conftest import ROOT
-from rsground_nb.alarms import examine_log, lasting, read_log, term_table, trend
+from rsground_nb.alarms import examine_log, gradient_zero, lasting, read_log, term_table, trend
 from rsground_nb.data import to_dataset
 from rsground_nb.model import DIRECT, adapt, load_tiny, to_prompt
 from rsground_nb.rewards import text_of
@@ -189,10 +189,7 @@ def test_a_path_that_is_no_text_file(tmp_path, monkeypatch, capsys, name, says):
 def test_no_text_is_more_than_refused(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.log"
     path.write_text(text, encoding="utf-8", errors="replace")
-    try: runs = read_log(path)
-    except ValueError as problem: assert str(problem).startswith(str(path))
-    else:
-        for run in runs: examine_log(run)
+    assert main(["train", "doctor", str(path)]) in (0, 1, 2)
 
 
 # what the checks compute
@@ -231,5 +228,11 @@ def test_weights_are_read_off_the_log(weights):
 
 def test_a_step_below_the_one_before_begins_another_run(tmp_path):
     path = tmp_path / "log.csv"
-    path.write_text("step,reward,seed\n1,0,a\n2,0,a\n1,1,b\n2,1,b\n2,,b\n")
+    path.write_text("step,reward,seed\n1,0,a\n2,0,a\n1,1,b\n2,1,b\n2,,b\n1,,c\n")  # the last has no reward
     assert [list(run.index) for run in read_log(path)] == [[1, 2], [1, 2, 2]]
+
+
+def test_a_gradient_of_zero_between_generations_has_the_cause_of_its_generation():
+    log = pd.DataFrame(dict(grad_norm=0.0, frac_reward_zero_std=[1, None] * 4), index=range(1, 9))
+    (found,) = gradient_zero(log)
+    assert "no group had two different rewards" in found.text and (found.first, found.last) == (1, 8)
