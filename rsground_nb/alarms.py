@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'RISES', 'FLAT', 'FEWEST', 'LEVELS', 'FEW', 'COLLAPSED', 'QUIET', 'ALONE', 'SETTLED', 'CARRIED',
            'NO_GRADIENT', 'STUCK', 'CHECKS', 'rows_of', 'numbers_of', 'read_log', 'Missing', 'Symptom', 'about',
-           'column', 'quarter', 'lasting', 'trend', 'above', 'entropy_gone', 'term_table', 'quiet_terms', 'format_only',
-           'held_out', 'gradient_zero', 'clip', 'kl', 'examine_log', 'outcome', 'train_doctor']
+           'column', 'quarter', 'lasting', 'trend', 'above', 'silent_groups', 'entropy_gone', 'term_table',
+           'quiet_terms', 'format_only', 'held_out', 'gradient_zero', 'clip', 'kl', 'examine_log', 'outcome',
+           'train_doctor']
 
 # %% ../nbs/reference/alarms.ipynb #a1a50004
 import csv
@@ -24,7 +25,7 @@ import pandas as pd
 from .reading import Defect, number, parse_json, printable, quote, read_text
 
 # %% ../nbs/reference/alarms.ipynb #a1a50007
-COLUMNS = re.compile("step|loss|grad_norm|(eval_)?reward|frac_reward_zero_std|rewards/.+/(mean|std)|"
+COLUMNS = re.compile("step|loss|grad_norm|(eval_)?reward|reward_std|frac_reward_zero_std|rewards/.+/(mean|std)|"
                      "entropy|kl|clip_ratio/region_mean|completions/(clipped_ratio|mean_length)")
 
 def rows_of(text: str) -> list:
@@ -149,6 +150,13 @@ def above(log, name):
     part = lasting(column(log, source), lambda mean: mean >= limit)
     if part is not None: yield about(name, part, text.format(part.mean()))
 
+def silent_groups(log):
+    "Alarm if most groups have equal rewards. TRL misses those whose mean is rounded: std 6e-8 for 0.6."
+    column(log, "frac_reward_zero_std")
+    even = log.get("reward_std", pd.Series(1.0, log.index)) < 1e-6
+    share = log["frac_reward_zero_std"].mask(even, 1.0)
+    yield from above(log.assign(frac_reward_zero_std=share), "groups without signal")
+
 def entropy_gone(log):
     "Alarm if the rollouts of a question are all but the same, or nine tenths of the entropy are lost."
     for name in ("entropy", "completions/mean_length"): column(log, name)
@@ -268,7 +276,7 @@ def kl(log):
     yield about("KL", distance, text, alarm=bool(stuck))
 
 # %% ../nbs/reference/alarms.ipynb #a1a50030
-CHECKS = {"groups without signal": partial(above, name="groups without signal"), "gradient": gradient_zero,
+CHECKS = {"groups without signal": silent_groups, "gradient": gradient_zero,
           "truncation": partial(above, name="truncation"), "entropy": entropy_gone, "KL": kl, "clip": clip,
           "reward terms": quiet_terms, "format only": format_only, "held-out questions": held_out}
 

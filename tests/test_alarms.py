@@ -33,7 +33,10 @@ def format_reward(completions, **columns): return [float(text_of(c).endswith("]"
 def lost_reward(completions, **columns): return [0.0] * len(completions)  # say, boxes in the wrong unit
 
 
-def constant_reward(completions, wanted, **columns): return list(wanted)  # the same for all of a group
+def half_reward(completions, **columns): return [0.5] * len(completions)
+
+
+def rounded_reward(completions, **columns): return [0.6] * len(completions)  # their mean in 32 bits is not 0.6
 
 
 def questions(wanted, seed=0):
@@ -80,7 +83,8 @@ LONGER = dict(max_steps=16, learning_rate=5e-4, eval_strategy="steps", eval_step
 
 
 @pytest.mark.parametrize("fault, alarms", [
-    (dict(rewards=constant_reward), {"groups without signal", "gradient zero"}),
+    (dict(rewards=half_reward), {"groups without signal", "gradient zero"}),
+    (dict(rewards=rounded_reward), {"groups without signal"}),
     (dict(max_completion_length=5), {"truncation"}),
     (dict(max_completion_length=5, mask_truncated_completions=True), {"truncation", "gradient zero"}),
     (dict(temperature=1e-4), {"entropy gone", "groups without signal", "gradient zero"}),
@@ -88,9 +92,9 @@ LONGER = dict(max_steps=16, learning_rate=5e-4, eval_strategy="steps", eval_step
     (dict(beta=1e-4, learning_rate=1e-2, max_steps=4), {"KL"}),
     (dict(beta=0.04, learning_rate=1e-9, max_steps=8), {"KL"}),
     (dict(rewards=[format_reward, lost_reward], temperature=2.0),
-     {"format only", "a reward that nobody earns"}),
+     {"format only", "a reward that nobody earns", "truncation"}),
     (dict(rewards=[near_reward, format_reward], reward_weights=[1.0, 0.01], temperature=2.0),
-     {"a reward that cannot be heard"}),
+     {"a reward that cannot be heard", "truncation"}),
 ], ids=lambda case: None)
 def test_a_run_that_fails_is_told_why(tiny, tmp_path, fault, alarms):
     assert told(train(tiny, tmp_path, **fault))[0] == alarms
