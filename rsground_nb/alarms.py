@@ -25,8 +25,9 @@ import pandas as pd
 from .reading import Defect, number, parse_json, printable, quote, read_text
 
 # %% ../nbs/reference/alarms.ipynb #a1a50007
-COLUMNS = re.compile("step|loss|grad_norm|(eval_)?reward|reward_std|frac_reward_zero_std|rewards/.+/(mean|std)|"
-                     "entropy|kl|clip_ratio/region_mean|completions/(clipped_ratio|mean_length)")
+COLUMNS = re.compile("step|loss|grad_norm|(eval_)?reward|reward_std|frac_reward_zero_std|"
+                     "rewards/.+/(mean|std)|entropy|kl|clip_ratio/region_mean|"
+                     "completions/(clipped_ratio|mean_length)")
 
 def rows_of(text: str) -> list:
     """[(place, row), ...] of a CSV, of JSON lines or of a `log_history`. A row is a dict, or what stands in

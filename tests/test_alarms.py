@@ -36,7 +36,7 @@ def lost_reward(completions, **columns): return [0.0] * len(completions)  # say,
 def half_reward(completions, **columns): return [0.5] * len(completions)
 
 
-def rounded_reward(completions, **columns): return [0.6] * len(completions)  # their mean in 32 bits is not 0.6
+def rounded_reward(completions, **columns): return [0.6] * len(completions)  # not the mean in 32 bits
 
 
 def questions(wanted, seed=0):
