@@ -70,7 +70,7 @@ def read_log(
     log = pd.DataFrame(rows)
     if "reward" not in log:
         raise ValueError(f"{path}, {found[0][0]} to {place}: no column reward, so not a log of TRL's GRPO "
-                         f"(of its columns there are {', '.join(log)})")
+                         f"(of TRL's columns it has {', '.join(log)})")
     runs = [run.set_index("step") for _, run in log.groupby((log["step"].diff() < 0).cumsum())]
     return [run for run in runs if run["reward"].notna().any()]
 
