@@ -78,8 +78,8 @@ def told(log):
     return {s.name for s in symptoms if s.alarm}, {s.name for s in symptoms if not s.alarm}
 
 
-LONGER = dict(max_steps=16, learning_rate=5e-4, eval_strategy="steps", eval_steps=4,
-              per_device_eval_batch_size=16)
+LONGER = dict(max_steps=12, learning_rate=7e-4, lr_scheduler_type="linear", eval_strategy="steps",
+              eval_steps=4, eval_on_start=True, per_device_eval_batch_size=16)
 
 
 @pytest.mark.parametrize("fault, alarms", [
@@ -108,7 +108,7 @@ def healthy(tiny, tmp_path_factory):
 def test_a_healthy_run_raises_no_alarm(healthy, capsys):
     assert main(["train", "doctor", str(healthy)]) == 0
     said = capsys.readouterr().out
-    assert "16 logged steps, 1 to 16" in said and "it rises" in said
+    assert "12 logged steps, 1 to 12" in said and "it rises" in said
     assert said.endswith("Not checked: KL (no kl).\nalarms: 0\n")
 
 
