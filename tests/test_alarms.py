@@ -88,7 +88,7 @@ LONGER = dict(max_steps=12, learning_rate=7e-4, lr_scheduler_type="linear", eval
     (dict(max_completion_length=5), {"truncation"}),
     (dict(max_completion_length=5, mask_truncated_completions=True), {"truncation", "gradient zero"}),
     (dict(temperature=1e-4), {"entropy gone", "groups without signal", "gradient zero"}),
-    (dict(num_iterations=4, learning_rate=3e-3, max_steps=4), {"clip"}),
+    (dict(num_iterations=4, beta=1e-4, learning_rate=1e-2, max_steps=4), {"clip"}),
     (dict(beta=1e-4, learning_rate=1e-2, max_steps=4), {"KL"}),
     (dict(beta=0.04, learning_rate=1e-9, max_steps=8), {"KL"}),
     (dict(rewards=[format_reward, lost_reward], temperature=2.0),
