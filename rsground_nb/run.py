@@ -38,8 +38,8 @@ ORDER = [  # every notebook in import order: a module may import only those befo
     "reference/thoughts", "reference/filters", "reference/chat", "reference/synthesis",
     "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency",
     "deeper/weightings", "deeper/rollouts", "reference/guards", "09_grpo", "reference/train",
-    "reference/launch", "10_evaluate", "reference/scoring", "reference/steps", "reference/studies",
-    "reference/run"]
+    "reference/launch", "reference/alarms", "10_evaluate", "reference/scoring", "reference/steps",
+    "reference/studies", "reference/run"]
 COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:
@@ -418,6 +418,9 @@ def parser():
     for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")):
         train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...];"
                          f" rsground train {stage} --help lists all names")
+    log = train.add_parser("doctor", help="say why a GRPO run does not learn; exit code 0: no alarm, "
+                           "1: alarms, 2: not a log")
+    log.add_argument("log", help="trainer_state.json, CSV or JSON lines of any run of TRL's GRPO")
     data_options(commands.add_parser("data", help="check, split or make a dataset"))
     return main
 
@@ -813,6 +816,9 @@ def command(words: list) -> int:
     if args.command == "evaluate": return evaluate_command(args)
     if args.command == "predict": return predict_command(args)
     if args.command == "cot": return cot_command(args)
+    if args.command == "train":
+        from rsground_nb.alarms import train_doctor
+        return train_doctor(args.log)
     if args.task == "split": return split_command(args)
     if args.task == "refer": return refer_command(args)
     from rsground_nb.doctor import doctor
