@@ -78,8 +78,8 @@ def told(log):
     return {s.name for s in symptoms if s.alarm}, {s.name for s in symptoms if not s.alarm}
 
 
-LONGER = dict(max_steps=12, learning_rate=7e-4, lr_scheduler_type="linear", eval_strategy="steps",
-              eval_steps=4, eval_on_start=True, per_device_eval_batch_size=16)
+LONGER = dict(max_steps=24, learning_rate=1e-3, lr_scheduler_type="linear", eval_strategy="steps",
+              eval_steps=8, eval_on_start=True, per_device_eval_batch_size=16)
 
 
 @pytest.mark.parametrize("fault, alarms", [
@@ -89,7 +89,8 @@ LONGER = dict(max_steps=12, learning_rate=7e-4, lr_scheduler_type="linear", eval
     (dict(max_completion_length=5, mask_truncated_completions=True), {"truncation", "gradient zero"}),
     (dict(temperature=1e-4), {"entropy gone", "groups without signal", "gradient zero"}),
     (dict(num_iterations=4, beta=1e-4, learning_rate=1e-2, max_steps=4), {"clip"}),
-    (dict(beta=1e-4, learning_rate=1e-2, max_steps=4), {"KL"}),
+    (dict(beta=1e-4, learning_rate=1e-2, max_steps=4),  # far from the reference, and nothing works any more
+     {"KL", "groups without signal", "truncation", "a reward that nobody earns"}),
     (dict(beta=0.04, learning_rate=1e-9, max_steps=8), {"KL"}),
     (dict(rewards=[format_reward, lost_reward], temperature=2.0),
      {"format only", "a reward that nobody earns", "truncation"}),
@@ -108,14 +109,14 @@ def healthy(tiny, tmp_path_factory):
 def test_a_healthy_run_raises_no_alarm(healthy, capsys):
     assert main(["train", "doctor", str(healthy)]) == 0
     said = capsys.readouterr().out
-    assert "12 logged steps, 1 to 12" in said and "it rises" in said
+    assert "24 logged steps, 1 to 24" in said and "it rises" in said
     assert said.endswith("Not checked: KL (no kl).\nalarms: 0\n")
 
 
 def test_a_reward_that_rises_on_training_questions_only(tiny, tmp_path, capsys):
     log = train(tiny, tmp_path, held_out=questions(0.6, seed=1), **LONGER)  # all weights, two questions
-    assert told(log)[0] == {"not on held-out questions"}
-    assert main(["train", "doctor", str(log)]) == 1 and "alarms: 1" in capsys.readouterr().out
+    assert told(log)[0] == {"not on held-out questions", "truncation"}  # late answers do get longer
+    assert main(["train", "doctor", str(log)]) == 1 and "alarms: 2" in capsys.readouterr().out
 
 
 def test_the_three_formats_say_the_same(healthy, tmp_path, capsys):
@@ -130,14 +131,15 @@ def test_the_three_formats_say_the_same(healthy, tmp_path, capsys):
 
 # the committed logs
 
-@pytest.mark.parametrize("name, heard", [("shipped", {"clip", "a reward that cannot be heard"}),
+@pytest.mark.parametrize("name, quiet", [("shipped", {"a reward that cannot be heard"}),
                                          ("benchmark", set())])
-def test_the_committed_logs_raise_no_alarm(name, heard, capsys):
+def test_the_committed_logs_raise_no_alarm_but_that_of_the_quiet_reward(name, quiet, capsys):
     path = ROOT / "tests" / f"{name}_grpo_log.csv"
     runs = [examine_log(run)[0] for run in read_log(path)]
-    assert len(runs) == 5 and not any(s.alarm for found in runs for s in found)
-    for found in runs: assert heard <= {s.name for s in found} <= heard | {"a settled reward"}
-    assert main(["train", "doctor", str(path)]) == 0
+    assert len(runs) == 5
+    alarms = [s.name for found in runs for s in found if s.alarm]
+    assert set(alarms) <= quiet and {s.name for found in runs for s in found} <= quiet | {"clip"}
+    assert main(["train", "doctor", str(path)]) == int(bool(alarms))
     assert capsys.readouterr().out.count("run 5 of 5") == 1
 
 
@@ -145,7 +147,7 @@ def test_the_quiet_reward_of_the_shipped_runs_is_the_one_of_weight_a_tenth():
     for run in read_log(ROOT / "tests" / "shipped_grpo_log.csv"):
         table = term_table(run)
         np.testing.assert_allclose(table.weight, [1, 1, 0.1], atol=1e-3)  # REWARD_WEIGHTS
-        assert table.share["iou_reward"] > 0.9 and table.share["positional_reward"] < 0.01
+        assert table.share["iou_reward"] > 0.9 and 0.005 < table.share["positional_reward"] < 0.015
 
 
 # files that are no log
