@@ -675,7 +675,7 @@ def test_predictions_in_another_frame_are_said_and_read_with_its_name(tmp_path, 
         scored(frames["pixel"][::-1])  # wrong everywhere, in pixels: nothing to say
     for name in ("shares", "percent", "thousandths", "xywh"):
         with pytest.warns(UserWarning, match="look like .*not like pixels: mean IoU 0.* as pixels, "
-                          f"{right.meanIoU * 30 / 29:.3f} so; .*--frame {name}"):
+                          f"{right.meanIoU * 30 / 29:.3f} in that frame; .*--frame {name}"):
             assert scored(frames[name]).meanIoU < right.meanIoU / 2
 
 
