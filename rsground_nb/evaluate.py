@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 
 from .boxes import area, completion_box, iou, parse_completion
@@ -218,6 +219,7 @@ def judge_stages(
     answers = {split: without_model(splits["train"], rows, seed) for split, rows in asked.items()}
     for name, path in models.items():
         model, processor = load_vlm(str(path), size.max_pixels)
+        if torch.cuda.is_available(): model.to("cuda")
         template = DIRECT if name == "base" else REASON
         for split, rows in ({**splits, **asked} if name == list(models)[-1] else asked).items():
             found = predict(model, processor, rows, size.max_completion_length, template=template)

@@ -173,9 +173,10 @@ def answered(text, codec, width, height):
     return (math.nan,) * 4 if box is None else codec.decode(box, width, height)
 
 def is_row(box, width, height):
-    "Whether `box` has four numbers and the size is above 0."
+    "Whether `box` has four finite numbers that span an area, and the size is above 0."
     try:
-        return len([float(v) for v in box]) == 4 and min(float(width), float(height)) > 0
+        x1, y1, x2, y2 = map(float, box)
+        return 0 < x2 - x1 < math.inf and 0 < y2 - y1 < math.inf and min(float(width), float(height)) > 0
     except (TypeError, ValueError):
         return False
 
@@ -212,6 +213,8 @@ class BoxReward:
         known = box_rewards()
         if self.of not in known:
             raise ValueError(f"unknown reward {self.of!r}: use one of {', '.join(known)}")
+        if not isinstance(self.codec, Codec):
+            raise ValueError(f"not a codec: {self.codec!r}; use codec_of(model.config.model_type, processor)")
 
     @property
     def __name__(self):

@@ -652,12 +652,14 @@ def spoken(found):
 
 def model_to_ask(name):
     "(model, processor, template) of `--model`. Raises ValueError if it cannot be read."
+    import torch
     from rsground_nb.loading import SHIPPED
     from rsground_nb.model import DIRECT, REASON, load_vlm
     try: model, processor = load_vlm(name, None)
     except OSError:
         raise ValueError(f"the model {name!r} cannot be read here: use {', '.join(SHIPPED)}, a folder, "
                          "or a hub name") from None
+    if torch.cuda.is_available(): model.to("cuda")
     return model, processor, DIRECT if name == "tiny" else REASON  # the base has never been shown thoughts
 
 def predict_command(args):
