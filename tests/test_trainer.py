@@ -208,6 +208,16 @@ def test_the_log_says_how_many_weights_are_cut(trainer):
         weight_at_limit=1 / 3).items()})
 
 
+@pytest.mark.parametrize("consistency", [True, False])
+def test_the_log_says_for_which_share_of_the_questions_all_rollouts_miss(consistency):
+    def iou_reward(completions, image_id, **columns):
+        return [0.0 if name == ROWS[0]["image_id"] else float(k % 2) for k, name in enumerate(image_id)]
+
+    trainer = told(rewards=[iou_reward], rows=ROWS[:3], consistency=consistency, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["groups/all_miss"] == pytest.approx(1 / 3)
+
+
 def test_an_iou_that_is_none_is_refused(trainer):
     with pytest.raises(ValueError, match="in group 1 of 2"):
         weighed(trainer, "paper", [""] * 8, [0.5] * 7 + [1.5])
