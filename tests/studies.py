@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 from datasets import concatenate_datasets, load_from_disk
 
-from benchmark_thinking import completions
+from benchmark_thinking import completions, to_learn
 from rsground_nb.boxes import completion_box
 from rsground_nb.consistency import agreement
 from rsground_nb.grpo import SpatialGRPOTrainer
 from rsground_nb.guards import WEIGHTS
-from rsground_nb.model import DIRECT, codec_of, load_vlm, to_prompt
+from rsground_nb.model import DIRECT, codec_of, load_vlm
 from rsground_nb.rewards import BoxReward
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
@@ -95,9 +95,7 @@ def learn_answers(rows, steps, seed, out):
     start(seed)
     model, processor = load_vlm("tiny")
     said = completions(rows, codec_of(model.config.model_type, processor), DIRECT)
-    prompts = [to_prompt(e, DIRECT) for e in rows["expression"]]
-    kept = rows.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", [
-        [dict(role="assistant", content=[dict(type="text", text=s)])] for s in said])
+    kept = to_learn(rows, said, DIRECT)
     size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=2e-3, rows_per_pass=16)
     sft_trainer(model, processor, kept, size, seed, out / "trainer", disable_tqdm=True).train()
     return model, processor
