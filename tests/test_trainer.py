@@ -209,13 +209,19 @@ def test_the_log_says_how_many_weights_are_cut(trainer):
 
 
 @pytest.mark.parametrize("consistency", [True, False])
-def test_the_log_says_for_which_share_of_the_questions_all_rollouts_miss(consistency):
+@pytest.mark.parametrize("near, signal", [(0.0, 2 / 3), (0.1, 1)])
+def test_the_log_says_which_share_of_the_questions_all_rollouts_miss_and_which_has_signal(consistency, near,
+                                                                                          signal):
     def iou_reward(completions, image_id, **columns):
         return [0.0 if name == ROWS[0]["image_id"] else float(k % 2) for k, name in enumerate(image_id)]
 
-    trainer = told(rewards=[iou_reward], rows=ROWS[:3], consistency=consistency, max_steps=1)
+    def near_reward(completions, **columns): return [float(k % 4) for k in range(len(completions))]
+
+    trainer = told(rewards=[iou_reward, near_reward], rows=ROWS[:3], consistency=consistency, max_steps=1,
+                   reward_weights=[1.0, near])
     trainer.train()
-    assert trainer.state.log_history[0]["groups/all_miss"] == pytest.approx(1 / 3)
+    log = trainer.state.log_history[0]
+    assert log["groups/all_miss"] == pytest.approx(1 / 3) and log["groups/signal"] == pytest.approx(signal)
 
 
 def test_an_iou_that_is_none_is_refused(trainer):

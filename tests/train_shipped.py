@@ -79,11 +79,11 @@ def turned(box, size, mirror):
     return [size[0] - x - w if mirror & 2 else x, size[1] - y - h if mirror & 4 else y, w, h]
 
 
-def drawn(count, seed, split, rivals):
+def drawn(count, seed, split, rivals, style="simple"):
     """Drawn questions, a third for each number of hops; `rivals`: only those with a second object of the
     category, else seven tenths of the others are left out."""
     found = []
-    for k, row in enumerate(scene_records(6 * count, seed, split=split, hops=(1, 2, 3))):
+    for k, row in enumerate(scene_records(6 * count, seed, split=split, hops=(1, 2, 3), style=style)):
         many = sum(o["category"] == row["category"] for o in row["objects"]) > 1
         if many or (not rivals and np.random.default_rng([seed, k]).random() < 0.3): found.append(row)
         if len(found) == count: return to_dataset(found)
