@@ -89,11 +89,10 @@ def grpo_run(
                            trainer_class, disable_tqdm=True, reward_weights=[*rewards.values()],
                            **run.get("settings", {}))
     trainer.train()
-    log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])[LOGGED].round(4)
+    log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r]).filter(regex=LOGGED).round(4)
     return dict(ious=judge_run(model, processor, run, folder, template), log=log.to_dict("list"))
 
-LOGGED = ["reward_std", "rewards/iou_reward/mean", "groups/signal", "groups/all_miss", "grad_norm",
-          "completions/mean_length", "entropy"]
+LOGGED = "^reward_std$|^rewards/.*/mean$|^groups/|^grad_norm$|^completions/mean_length$|^entropy$"
 
 def judge_run(model, processor, run, folder, template):
     "name -> IoU of each question of run['judged']; the predictions are written to folder/ID_NAME.jsonl."

@@ -82,7 +82,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "group scaling": ("answers-early", 50, RATE, "IoU", {
         "IoU": GROUP | PLAIN, "+ R_pos": R_POS | GROUP | PLAIN}),
     "longer": ("answers-early", 200, RATE, "IoU", {
-        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
+        "IoU": dict(extra="hits") | PLAIN, "both": dict(extra="hits") | R_POS | weighted()}),
     "base": ("tiny", 50, RATE, "IoU", {
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
     "transfer": ("answers-early", 50, RATE, "both kinds", {
@@ -209,7 +209,18 @@ def disagreement(ious, boxes, size):
 WEIGHTS.update(shuffled=shuffled, level=level, disagreement=disagreement)  # placebos; and a true agreement
 
 
+class HitReward(BoxReward):
+    "1 from an IoU of 0.5, else 0. Only logged."
+    @property
+    def __name__(self): return "hit_reward"
+
+    def __call__(self, completions, **columns):
+        return [None if u is None else float(u >= 0.5) for u in super().__call__(completions, **columns)]
+
+
 def extras(run, codec):
+    "Reward functions with their weights."
+    if run.get("extra") == "hits": return {HitReward("iou", codec): 0.0}
     if run.get("extra") != "stepped": return {}
     return {SteppedReward("iou", codec): 1.0, BoxReward("iou", codec): 0.0}
 
