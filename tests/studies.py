@@ -30,7 +30,7 @@ from rsground_nb.consistency import agreement
 from rsground_nb.drawing import get_style
 from rsground_nb.grpo import SpatialGRPOTrainer
 from rsground_nb.guards import WEIGHTS
-from rsground_nb.model import DIRECT, codec_of, load_vlm
+from rsground_nb.model import DIRECT, REASON, codec_of, load_vlm
 from rsground_nb.rewards import BoxReward
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
