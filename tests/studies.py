@@ -44,7 +44,7 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "answers-early": (300, "answers"), "answers-middle": (900, "answers"), "chains-early": (400, "chains"),
     "chains-middle": (900, "chains"), "chains-30": (900, "30 %"), "chains-10": (900, "10 %"),
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
-RATE, THINK_RATE = 3e-4, 3e-4  # of GRPO
+RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
@@ -52,11 +52,11 @@ FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_ca
 # what an arm changes: settings of `grpo_run`, or `extra` (below)
 R_POS, PLAIN = dict(third="center"), dict(settings=dict(consistency=False))
 GROUP = dict(size=dict(scale_rewards="group"))
-ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes: 256 rollouts a step
-THOUGHTS = dict(prompts_per_step=16, processes=1)                         # 128 rollouts a step
+ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes; 256 rollouts a step
+THOUGHTS = dict(processes=1)
 
 
-MORE = dict(steps=400, rate=1e-3)  # as many minutes as GRPO takes
+MORE = dict(steps=1600, rate=1e-3)  # as many minutes as GRPO takes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -91,7 +91,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "thoughts": ("chains-middle", 60, THINK_RATE, "IoU", {
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
         "more CoT-SFT": MORE | dict(more="chains")}),
-    "thoughts, near": ("tiny-sft", 60, 1e-4, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
+    "thoughts, near": ("tiny-sft", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
         "both": R_POS | weighted(), "more CoT-SFT": MORE | dict(more=STARTS[name][1])})
@@ -258,36 +258,61 @@ def runs_of(study):
     return found
 
 
-def row_of(study, arm, found, name):
-    "A row of studies.csv."
+def row_of(study, arm, found, name, hops):
+    "A row of studies.csv; `hops`: of each question, None for real ones."
     run, ious = found["run"], np.array(found["ious"][name])
-    log = {column: np.array(values) for column, values in found["log"].items()}
     row = {"study": study, "arm": arm, "seed": run["seed"], "questions": name, "N": len(ious),
-           "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "steps": run["steps"],
-           "minutes": found["minutes"], "run": run_id(run), "commit": found["commit"]}
-    for column, values in log.items():
+           "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean()}
+    for k in (1, 2, 3): row[f"Acc@0.5, {k} hops"] = (ious[hops == k] >= 0.5).mean() if hops is not None else None
+    row |= {"steps": run["steps"], "minutes": found["minutes"], "run": run_id(run), "commit": found["commit"][:9],
+            **found["versions"], "command": f'python tests/studies.py run OUT "{study}"'}
+    for column, values in found["log"].items():
+        values = np.array(values)
         row |= {f"{column}, first 10": values[:10].mean(), f"{column}, last 10": values[-10:].mean()}
     return row
 
 
-def table(out):
-    "Write the two CSVs from the finished runs; effects of arms with all seeds."
-    rows, effects = [], []
-    images = {name: load_from_disk(out / "rows" / name)["image_id"][:] for name in JUDGED}
-    for study, (*_, base, arms) in STUDIES.items():
-        done = {}
+def finished(out):
+    "study -> arm -> its results, by seed."
+    done = {}
+    for study in STUDIES:
         for arm, run in runs_of(study):
             file = out / "runs" / f"{run_id(run)}.json"
-            if file.exists(): done.setdefault(arm, []).append(json.loads(file.read_text()))
-        rows += [row_of(study, arm, f, name) for arm, found in done.items() for f in found for name in JUDGED]
-        for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
-            for other in {base, "start"} - {arm}:
-                if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
-                for name in JUDGED:
-                    gap = effect(*[arm_ious(done[a], name) for a in (arm, other)], images[name])
-                    effects.append(dict(study=study, arm=arm, against=other, questions=name, **gap))
-    pd.DataFrame(rows).round(4).to_csv(HERE / "studies.csv", index=False)
-    pd.DataFrame(effects).round(4).to_csv(HERE / "studies_effects.csv", index=False)
+            if file.exists():
+                done.setdefault(study, {}).setdefault(arm, []).append(json.loads(file.read_text()))
+    return done
+
+
+def effects_of(study, done, images):
+    "Rows of studies_effects.csv: arms with all seeds against the arm that they are compared with."
+    base, arms = STUDIES[study][3], STUDIES[study][4]
+    for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
+        for other in {base, "start"} - {arm}:
+            if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
+            sets = {name: [name] for name in done[arm][0]["ious"]} | {"together": list(JUDGED)}
+            for name, parts in sets.items():
+                mine, theirs = [np.hstack([arm_ious(done[a], n) for n in parts]) for a in (arm, other)]
+                gap = effect(mine, theirs, sum([images[n] for n in parts], []))
+                yield dict(study=study, arm=arm, against=other, questions=name, **gap)
+
+
+def table(out):
+    "Write studies.csv, studies_effects.csv and studies_log.csv (some columns of the log, mean over seeds)."
+    sets = {name: load_from_disk(out / "rows" / name) for name in JUDGED + JUDGED_TOO}
+    hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
+    images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
+    rows, effects, logs, done = [], [], [], finished(out)
+    for study, arms in done.items():
+        effects += effects_of(study, arms, images)
+        for arm, results in arms.items():
+            rows += [row_of(study, arm, r, name, hops[name]) for r in results for name in r["ious"]]
+            if results[0]["log"] and len(results) == SEEDS:
+                log = pd.concat([pd.DataFrame(r["log"]) for r in results]).groupby(level=0).mean()
+                log = log.filter(regex="^reward_std|iou_reward|hit_reward|^groups|^entropy|^grad_norm")
+                logs.append(log.rename_axis("step").reset_index().assign(study=study, arm=arm))
+    for name, found in (("", rows), ("_effects", effects)):
+        pd.DataFrame(found).round(4).to_csv(HERE / f"studies{name}.csv", index=False)
+    pd.concat(logs).round(4).to_csv(HERE / "studies_log.csv", index=False)
 
 
 if __name__ == "__main__":
