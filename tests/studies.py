@@ -25,6 +25,7 @@ import torch
 from datasets import concatenate_datasets, load_from_disk
 
 from benchmark_thinking import completions, to_learn
+from rsground_nb.ablation import effect
 from rsground_nb.boxes import completion_box
 from rsground_nb.consistency import agreement
 from rsground_nb.drawing import get_style
@@ -35,7 +36,7 @@ from rsground_nb.rewards import BoxReward
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
-from rsground_nb.studies import arm_ious, effect, grpo_run, judge_run, run_all, run_id
+from rsground_nb.studies import arm_ious, grpo_run, judge_run, run_all, run_id
 from planting import planted
 from train_shipped import MIRRORS, drawn, learn_chains, real
 
@@ -168,9 +169,11 @@ class CreditTrainer(SpatialGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        ids = batch["completion_ids"].flatten(0, -2)  # (rollouts, tokens)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         codec = codec_of(self.model.config.model_type, self.processing_class)
-        p = torch.tensor([near(t, row, codec) for t, row in zip(texts, inputs)]).view(-1, self._group_size)
+        rows = zip(texts, inputs, strict=True)
+        p = torch.tensor([near(text, row, codec) for text, row in rows]).view(-1, self._group_size)
         spread = p.std(1, keepdim=True)
         credit = 0.3 * (spread / 0.15).clamp(max=1) * (p - p.mean(1, keepdim=True)) / (spread + 1e-4)
         batch["advantages"] += (credit * self._missed).view_as(batch["advantages"])
@@ -263,9 +266,9 @@ def row_of(study, arm, found, name, hops):
     run, ious = found["run"], np.array(found["ious"][name])
     row = {"study": study, "arm": arm, "seed": run["seed"], "questions": name, "N": len(ious),
            "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean()}
-    for k in (1, 2, 3): row[f"Acc@0.5, {k} hops"] = (ious[hops == k] >= 0.5).mean() if hops is not None else None
-    row |= {"steps": run["steps"], "minutes": found["minutes"], "run": run_id(run), "commit": found["commit"][:9],
-            **found["versions"], "command": f'python tests/studies.py run OUT "{study}"'}
+    if hops is not None: row |= {f"Acc@0.5, {k} hops": (ious[hops == k] >= 0.5).mean() for k in (1, 2, 3)}
+    row |= {"steps": run["steps"], "minutes": found["minutes"], "run": run_id(run), **found["versions"],
+            "commit": found["commit"][:9], "command": f'python tests/studies.py run OUT "{study}"'}
     for column, values in found["log"].items():
         values = np.array(values)
         row |= {f"{column}, first 10": values[:10].mean(), f"{column}, last 10": values[-10:].mean()}
