@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,9 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
 RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
+KEPT = {"base": ("start",), "rewards": ("start", "IoU", "+ R_pos", "weight alone"),  # components
+        "consistency": ("paper's weight",),
+        "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT")}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -299,12 +303,29 @@ def effects_of(study, done, images):
                 yield dict(study=study, arm=arm, against=other, questions=name, **gap)
 
 
+def keep_predictions(out, done):
+    "Write the boxes of the models of KEPT: predictions/STUDY_ARM.zip with a file for each seed and set."
+    (HERE / "predictions").mkdir(exist_ok=True)
+    for study, arm in [(s, a) for s, arms in KEPT.items() for a in arms if a in done.get(s, {})]:
+        name = f"{study}_{arm}".replace(" ", "_").replace("'", "")
+        with ZipFile(HERE / "predictions" / f"{name}.zip", "w", ZIP_LZMA) as kept:
+            for found, questions in [(f, q) for f in done[study][arm] for q in JUDGED]:
+                lines = []
+                for line in (out / "runs" / f"{run_id(found['run'])}_{questions}.jsonl").open():
+                    p = json.loads(line)
+                    box = p["predicted"] and [round(v, 2) for v in p["predicted"]]
+                    lines.append(dict(expression_id=p["expression_id"], predicted=box))
+                entry = ZipInfo(f"{found['run']['seed']}_{questions}.jsonl")  # of a fixed date
+                kept.writestr(entry, "".join(json.dumps(line) + "\n" for line in lines), ZIP_LZMA)
+
+
 def table(out):
     "Write studies.csv, studies_effects.csv and studies_log.csv (some columns of the log, mean over seeds)."
     sets = {name: load_from_disk(out / "rows" / name) for name in JUDGED + JUDGED_TOO}
     hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
     images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
     rows, effects, logs, done = [], [], [], finished(out)
+    keep_predictions(out, done)
     for study, arms in done.items():
         effects += effects_of(study, arms, images)
         for arm, results in arms.items():
