@@ -280,22 +280,22 @@ def row_of(study, arm, found, name, hops):
 
 
 def finished(out):
-    "study -> arm -> its results, by seed."
+    "study -> arm -> its results, by seed; only arms that all seeds have finished, and their starts."
     done = {}
     for study in STUDIES:
         for arm, run in runs_of(study):
             file = out / "runs" / f"{run_id(run)}.json"
             if file.exists():
                 done.setdefault(study, {}).setdefault(arm, []).append(json.loads(file.read_text()))
-    return done
+    whole = {study: {arm: found for arm, found in arms.items() if len(found) == (arm == "start" or SEEDS)}
+             for study, arms in done.items()}
+    return {study: arms for study, arms in whole.items() if set(arms) - {"start"}}
 
 
 def effects_of(study, done, images):
-    "Rows of studies_effects.csv: arms with all seeds against the arm that they are compared with."
-    base, arms = STUDIES[study][3], STUDIES[study][4]
-    for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
-        for other in {base, "start"} - {arm}:
-            if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
+    "Rows of studies_effects.csv: each arm against the one it is compared with, and against the start."
+    for arm in [a for a in done if a != "start"]:
+        for other in [o for o in (STUDIES[study][3], "start") if o in done and o != arm]:
             sets = {name: [name] for name in done[arm][0]["ious"]} | {"together": list(JUDGED)}
             for name, parts in sets.items():
                 mine, theirs = [np.hstack([arm_ious(done[a], n) for n in parts]) for a in (arm, other)]
@@ -330,7 +330,7 @@ def table(out):
         effects += effects_of(study, arms, images)
         for arm, results in arms.items():
             rows += [row_of(study, arm, r, name, hops[name]) for r in results for name in r["ious"]]
-            if results[0]["log"] and len(results) == SEEDS:
+            if results[0]["log"]:
                 log = pd.concat([pd.DataFrame(r["log"]) for r in results]).groupby(level=0).mean()
                 log = log.filter(regex="^reward_std|iou_reward|hit_reward|^groups|^entropy|^grad_norm")
                 logs.append(log.rename_axis("step").reset_index().assign(study=study, arm=arm))

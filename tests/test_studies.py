@@ -135,9 +135,9 @@ def test_the_command_scores_such_a_file(questions, tmp_path, capsys):
     for row in rows: row["image"].save(row["path"])
     rows = [dict(row, image=str(row["path"])) for row in rows]
     images = write_jsonl(rows, tmp_path / "test.jsonl", tmp_path / "images")
-    with ZipFile(KEPT / "thoughts_start.zip") as kept: kept.extract("0_rival.jsonl", tmp_path)
+    with ZipFile(KEPT / "rewards_start.zip") as kept: kept.extract("0_rival.jsonl", tmp_path)
     asked = ["evaluate", f"{tmp_path}/0_rival.jsonl", "--data", f"{tmp_path}/test.jsonl@{images}"]
     assert main([*asked, "--out", str(tmp_path / "scores")]) == 0
     scores = pd.read_csv(tmp_path / "scores" / "modes.csv").set_index("mode").loc["standard"]
     table = pd.read_csv(KEPT.parent / "studies.csv").set_index(["study", "arm", "questions"])
-    assert scores["meanIoU"] == pytest.approx(table.loc[("thoughts", "start", "rival"), "mIoU"].item(), abs=2e-4)
+    assert scores["meanIoU"] == pytest.approx(table.loc[("rewards", "start", "rival"), "mIoU"].item(), abs=2e-4)
