@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
-from rsground_nb.ablation import effect
+from rsground_nb.ablation import effect, verdict
 from conftest import ROOT
 from rsground_nb.boxes import parse_completion
 from rsground_nb.folders import write_jsonl
@@ -92,6 +92,14 @@ def test_an_effect_is_the_mean_paired_difference_and_turns_its_sign(arm, other):
     assert there["Acc@0.5"] == pytest.approx(-back["Acc@0.5"])
 
 
+@given(st.lists(st.floats(-0.1, 0.1), min_size=2, max_size=2).map(sorted))
+def test_a_verdict_turns_with_the_sign_and_widening_an_interval_never_adds_certainty(ends):
+    (low, high), mirror = ends, dict(gain="loss", loss="gain")
+    said = verdict(low, high)
+    assert verdict(-high, -low) == mirror.get(said, said)
+    assert verdict(low - 0.01, high + 0.02) in {said, "cannot tell"}
+
+
 def test_questions_of_one_picture_are_drawn_together():
     arm, other = np.array([[1.0, 1.0, 0.0, 0.0] * 10]), np.zeros((1, 40))
     apart, together = effect(arm, other, range(40)), effect(arm, other, np.arange(40) // 2)
@@ -139,5 +147,5 @@ def test_the_command_scores_such_a_file(questions, tmp_path, capsys):
     asked = ["evaluate", f"{tmp_path}/0_rival.jsonl", "--data", f"{tmp_path}/test.jsonl@{images}"]
     assert main([*asked, "--out", str(tmp_path / "scores")]) == 0
     scores = pd.read_csv(tmp_path / "scores" / "modes.csv").set_index("mode").loc["standard"]
-    table = pd.read_csv(KEPT.parent / "studies.csv").set_index(["study", "arm", "questions"])
-    assert scores["meanIoU"] == pytest.approx(table.loc[("rewards", "start", "rival"), "mIoU"].item(), abs=2e-4)
+    table = pd.read_csv(KEPT.parent / "studies.csv").set_index(["study", "arm", "questions"]).mIoU
+    assert scores["meanIoU"] == pytest.approx(table["rewards", "start", "rival"].item(), abs=2e-4)
