@@ -81,23 +81,33 @@ def test_the_form_of_an_answer_without_thoughts(text, reward):
     assert not reward or parse_completion(text).box == (1, 2, 3, 4)
 
 
-ious = st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=4)
-
-
-@given(ious, ious)
-def test_an_effect_is_the_mean_paired_difference_and_turns_its_sign(arm, other):
+@given(st.integers(1, 4).flatmap(lambda n: st.tuples(*[st.lists(
+    st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=n, max_size=n)] * 2)))
+def test_an_effect_is_the_mean_paired_difference_and_turns_its_sign(arms):
+    arm, other = arms
     there, back = effect(arm, other, [*"abc"]), effect(other, arm, [*"abc"])
     assert there["IoU"] == pytest.approx(np.mean(arm) - np.mean(other), abs=1e-9)
     assert there["IoU_low"] <= there["IoU"] + 1e-9 and there["IoU"] <= there["IoU_high"] + 1e-9
     assert there["Acc@0.5"] == pytest.approx(-back["Acc@0.5"])
+    assert [there[f"IoU_seeds_{end}"] for end in ("low", "high")] == pytest.approx(
+        [-back[f"IoU_seeds_{end}"] for end in ("high", "low")], abs=1e-9, nan_ok=True)
+
+
+def test_the_interval_over_seeds_is_students_t():
+    arm, other = np.array([[0.2, 0.4], [0.5, 0.3], [0.6, 0.4]]), np.array([[0.1, 0.1]])
+    each = [0.2, 0.3, 0.4]  # mean 0.3, standard error 0.1 / sqrt(3)
+    found = effect(arm, other, [*"ab"])
+    assert found["IoU"] == pytest.approx(np.mean(each))
+    assert found["IoU_seeds_high"] - found["IoU"] == pytest.approx(4.302653 * 0.1 / 3 ** 0.5)
 
 
 @given(st.lists(st.floats(-0.1, 0.1), min_size=2, max_size=2).map(sorted))
 def test_a_verdict_turns_with_the_sign_and_widening_an_interval_never_adds_certainty(ends):
     (low, high), mirror = ends, dict(gain="loss", loss="gain")
-    said = verdict(low, high)
-    assert verdict(-high, -low) == mirror.get(said, said)
-    assert verdict(low - 0.01, high + 0.02) in {said, "cannot tell"}
+    said = verdict((low, high))
+    assert verdict((-high, -low)) == mirror.get(said, said)
+    assert verdict((low - 0.01, high + 0.02)) in {said, "cannot tell"}
+    assert verdict((low, high), (low - 0.03, high + 0.03)) in {said, "cannot tell"}
 
 
 def test_questions_of_one_picture_are_drawn_together():
