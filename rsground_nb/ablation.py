@@ -30,13 +30,13 @@ def effect(
         found |= {f"{name}_seeds_low": found[name] - wide, f"{name}_seeds_high": found[name] + wide}
     return found
 
-# %% ../nbs/11_ablation.ipynb #33658906
+# %% ../nbs/11_ablation.ipynb #dbab1978
 def verdict(
     *intervals,           # (low, high) of one effect, each
-    least: float = 0.01,  # smaller effects do not matter
+    least: float = 0.01,  # a smaller gain does not matter
 ) -> str:
-    "gain, loss, no effect (none above `least`) or cannot tell. [ours]"
+    "gain, loss, no gain (of `least` or more) or cannot tell. [ours]"
     lows, highs = zip(*intervals)
     if min(lows) > 0: return "gain"
     if max(highs) < 0: return "loss"
-    return "no effect" if -least <= min(lows) and max(highs) <= least else "cannot tell"
+    return "no gain" if max(highs) < least else "cannot tell"
