@@ -141,7 +141,8 @@ def read_texts(
     made = tokenizer([one.words for one in read], is_split_into_words=True, padding=True,
                      return_tensors="pt")
     for text, length in zip(texts, made.attention_mask.sum(1).tolist()):
-        if length > most: raise ValueError(f"CLIP reads {most} tokens, this expression has {length}: {text!r}")
+        if length > most:
+            raise ValueError(f"CLIP reads {most} tokens, this expression has {length}: {text!r}")
     owner = [[-1 if k is None else one.owner[k] for k in made.word_ids(i)] for i, one in enumerate(read)]
     return Texts(made.input_ids, made.attention_mask, torch.tensor(owner), [one.edges for one in read])
 
@@ -163,7 +164,8 @@ class Interaction(nn.Module):
     def __init__(self, width, heads=4):
         super().__init__()
         def attention(): return nn.MultiheadAttention(width, heads, batch_first=True)
-        def thought(): return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        def thought():
+            return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.within, self.look, self.listen = attention(), attention(), attention()
         self.word_thought, self.patch_thought = thought(), thought()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(7))

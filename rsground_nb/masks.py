@@ -19,8 +19,8 @@ from torch import nn
 from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, SamConfig, SamImageProcessorPil,
                           SamModel)
 
-from .align import (Aligned, Aligner, Texts, add_lora, build_clip, dice_loss, load_clip, read_texts,
-                               square_eyes)
+from .align import (Aligned, Aligner, Texts, add_lora, build_clip, dice_loss, load_clip,
+                               read_texts, square_eyes)
 from .prompts import Prompts, box_prompts, make_prompts
 
 # %% ../nbs/deeper/masks.ipynb #b0ed5cb9
@@ -150,7 +150,7 @@ def mask_loss(
 def to_picture(logits, image):
     "(height, width) bool: the mask in the size of the picture."
     size = image.height, image.width
-    return (F.interpolate(logits[None, None], size, mode="bilinear", align_corners=False)[0, 0] > 0).cpu().numpy()
+    return (F.interpolate(logits[None, None], size, mode="bilinear")[0, 0] > 0).cpu().numpy()
 
 @torch.no_grad()
 def predict_masks(
@@ -185,7 +185,8 @@ def save_segmenter(model: Segmenter, folder: str | Path):
               folder / "model.safetensors")
     model.tools.tokenizer.save_pretrained(folder)
     eyes = [dict(mean=list(e.image_mean), std=list(e.image_std)) for e in model.tools[1:]]
-    made = dict(model.built, clip=model.aligner.clip.config.to_dict(), sam=model.sam.config.to_dict(), eyes=eyes)
+    configs = dict(clip=model.aligner.clip.config.to_dict(), sam=model.sam.config.to_dict())
+    made = dict(model.built, **configs, eyes=eyes)
     (folder / "segmenter.json").write_text(json.dumps(made, indent=1, default=str))
 
 def load_segmenter(folder: str | Path) -> Segmenter:

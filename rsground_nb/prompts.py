@@ -54,7 +54,7 @@ def peaks(
     maps: torch.Tensor,  # (n, h, w) logits
     count: int,
 ):
-    "(points (n, count, 2) in cells, logits there (n, count)), the highest first, each away from those before."
+    "(points (n, count, 2) in cells, logits there (n, count)), the highest first, each away from the last."
     points, heights, left = [], [], maps
     for _ in range(count):
         heights.append(maps.flatten(1).gather(1, left.flatten(1).argmax(1, keepdim=True))[:, 0])
@@ -103,7 +103,7 @@ def make_prompts(
     hit = local_peak(aligned.sentence)
     miss, label = negative_points(aligned, present, hit)
     box = moment_box(aligned.sentence, hit).clamp(0, cells)
-    dense = F.interpolate(aligned.sentence[:, None], (4 * embedding,) * 2, mode="bilinear", align_corners=False)
+    dense = F.interpolate(aligned.sentence[:, None], (4 * embedding,) * 2, mode="bilinear")
     zoom = canvas / cells
     return Prompts(zoom * torch.stack([hit, miss], 1), torch.stack([torch.ones_like(label), label], 1),
                    zoom * box, dense)

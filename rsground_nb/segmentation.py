@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .align import (Aligner, Texts, coverage, dice_loss, read_texts, response_loss,
-                               structure_loss)
+from .align import Aligner, Texts, coverage, read_texts, response_loss, structure_loss
 from .data import split_hash
 from .folders import to_dataset
-from .masks import (PARTS, Segmenter, Views, load_segmenter, make_segmenter, mask_loss, predict_masks,
+from .masks import (PARTS, Segmenter, load_segmenter, make_segmenter, mask_loss, predict_masks,
                                save_segmenter)
 from .pretrain import run_steps
 from .prompts import Prompts
@@ -48,7 +47,8 @@ class SegmentSizes:
     ground_rate: float = 5e-4
 
 TINY = SegmentSizes()
-SMOKE = replace(TINY, align_steps=6, sam_steps=6, ground_steps=4, pictures_per_step=4, questions_per_picture=2)
+SMOKE = replace(TINY, align_steps=6, sam_steps=6, ground_steps=4, pictures_per_step=4,
+                questions_per_picture=2)
 BASE = SegmentSizes(clip="openai/clip-vit-base-patch16", sam="facebook/sam-vit-base", lora_rank=16,  # 24 GB
                     align_steps=6000, sam_steps=0, ground_steps=6000, pictures_per_step=8,
                     align_rate=2e-4, ground_rate=1e-4)
@@ -74,21 +74,23 @@ def segment_rows(
             picked = group[rng.integers(len(group))]
             if picked[0] in texts: continue
             texts.add(picked[0])
-            row = scene_record(scene, picked, np.random.default_rng([seed, made]), f"{split}{made:06d}", split)
+            paint, name = np.random.default_rng([seed, made]), f"{split}{made:06d}"
+            row = scene_record(scene, picked, paint, name, split)
             image = image or row["image"]
-            rows.append(dict(row, image=image, expression_id=f"{split}{made:06d}-{len(texts)}"))
+            rows.append(dict(row, image=image, expression_id=f"{name}-{len(texts)}"))
         made += 1
     return to_dataset(rows)
 
 class Questions:
-    """Rows grouped by picture. Raises ValueError, naming the row, for a row without a mask, an empty mask, and a
-    mask of another size than its picture."""
+    """Rows grouped by picture. Raises ValueError, naming the row, for a row without a mask, an empty mask,
+    and a mask of another size than its picture."""
     def __init__(self, rows):
         self.images = rows.select_columns(["image"])
         self.texts, self.masks, groups = rows["expression"][:], rows["mask"][:], {}
         names = zip(rows["image_id"][:], rows["expression_id"][:], rows["width"][:], rows["height"][:])
         for k, (image, name, width, height) in enumerate(names):
-            if self.masks[k] is None: raise ValueError(f"{name} has no mask: a segmenter cannot learn from it")
+            if self.masks[k] is None:
+                raise ValueError(f"{name} has no mask: a segmenter cannot learn from it")
             mask = decode_mask(self.masks[k])
             if mask.shape != (height, width):
                 raise ValueError(f"{name}: the mask is {mask.shape[1]}x{mask.shape[0]}, the picture "
@@ -110,8 +112,8 @@ class Questions:
 
 # %% ../nbs/reference/segmentation.ipynb #844d80f3
 def true_prompts(masks, rng, embedding):
-    """Prompts made from true masks (n, side, side): a point inside, a box with edges moved by up to a tenth of its
-    sides, a blurred mask. One or two of the three are left out at random."""
+    """Prompts made from true masks (n, side, side): a point inside, a box with edges moved by up to a tenth
+    of its sides, a blurred mask. One or two of the three are left out at random."""
     side, points, boxes = masks.shape[-1], [], []
     for mask in (masks > 0.5).cpu().numpy():
         y, x = np.nonzero(mask if mask.any() else np.ones_like(mask))
@@ -120,7 +122,8 @@ def true_prompts(masks, rng, embedding):
         jitter = rng.uniform(-0.1, 0.1, 4) * np.tile(box[2:] - box[:2], 2)
         points.append([(x[k], y[k])] * 2)
         boxes.append(np.clip(box + jitter, 0, side))
-    points, boxes = (torch.tensor(np.array(v), dtype=torch.float32, device=masks.device) for v in (points, boxes))
+    points, boxes = (torch.tensor(np.array(v), dtype=torch.float32, device=masks.device)
+                     for v in (points, boxes))
     labels = torch.tensor([[1.0, -10.0]], device=masks.device).expand(len(masks), 2)
     rough = 12 * coverage(masks, embedding) - 6
     dense = F.interpolate(rough[:, None], (4 * embedding,) * 2, mode="bilinear", align_corners=False)
@@ -168,9 +171,9 @@ def train_segmenter(
     folder: str | Path,  # gets model.safetensors, segmenter.json, tokenizer and pretrain.csv
     **often,             # log_every, save_every: in steps
 ) -> Segmenter:
-    """Train and save; continues where an interrupted call with the same settings stopped, and returns the saved
-    model if there is one. Raises ValueError if the folder belongs to another training or a row has no mask,
-    FloatingPointError if a loss is not finite."""
+    """Train and save; continues where an interrupted call with the same settings stopped, and returns the
+    saved model if there is one. Raises ValueError if the folder belongs to another training or a row has no
+    mask,     FloatingPointError if a loss is not finite."""
     folder, settings = Path(folder), dict(data=split_hash(rows), seed=seed, **asdict(size))
     settings["use"] = list(size.use)
     if stage_ready(folder, **settings): return load_segmenter(folder)
@@ -179,7 +182,8 @@ def train_segmenter(
     with locked(work):
         if not stage_ready(work, **settings): finish_stage(work, **settings)  # whose checkpoints
         start(seed)
-        questions, model = Questions(rows), make_segmenter(size.clip, size.sam, seed, size.lora_rank, size.use)
+        questions = Questions(rows)
+        model = make_segmenter(size.clip, size.sam, seed, size.lora_rank, size.use)
         model.to("cuda" if torch.cuda.is_available() else "cpu").train()
         for stage, (step_loss, number) in STAGES.items():
             def loss_at(step):
@@ -210,14 +214,15 @@ def judge_masks(
     return mask_metrics(made, true, rows["image_id"][:], seed=seed), each
 
 class OneStage(nn.Module):
-    """The baseline: the patches that have read the words go straight to a mask, through as many weights as SAM's
-    encoder and decoder have. No prompts. [ours]"""
+    """The baseline: the patches that have read the words go straight to a mask, through as many weights as
+    SAM's encoder and decoder have. No prompts. [ours]"""
     def __init__(self, aligner: Aligner, canvas: int, tools, width: int = 104):
         super().__init__()
         self.aligner, self.canvas, self.tools, layers = aligner, canvas, tools, []
         for a in (aligner.clip.config.projection_dim + 1, width, width):
             layers += [nn.Conv2d(a, width, 3, padding=1), nn.GroupNorm(1, width), nn.GELU()]
-        up = [nn.ConvTranspose2d(width, width, 2, 2), nn.GELU(), nn.ConvTranspose2d(width, width // 2, 2, 2), nn.GELU()]
+        up = [nn.ConvTranspose2d(width, width, 2, 2), nn.GELU(),
+              nn.ConvTranspose2d(width, width // 2, 2, 2), nn.GELU()]
         self.head = nn.Sequential(*layers, *up, nn.Conv2d(width // 2, 1, 3, padding=1))
 
     def forward(self, pixels, texts, picture):
