@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from rsground_nb.align import (SIDES, Aligned, Aligner, add_lora, coverage, disagreement, load_clip, read_texts,
-                               response_centre, response_loss, side_fault, structure, structure_loss)
+from rsground_nb.align import (SIDES, Aligned, Aligner, add_lora, coverage, disagreement, load_clip,
+                               read_texts, response_centre, response_loss, side_fault, structure,
+                               structure_loss)
 
 
 @pytest.fixture(scope="module")
