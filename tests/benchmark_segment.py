@@ -3,9 +3,9 @@ Writes tests/benchmark_segment.csv (one row an arm and seed).
 
     python tests/benchmark_segment.py OUT [--seeds 5] [--scenes 6000] [--questions 512]
 
-Arms: whole, no SCR, no dense prompt, no sparse prompts, no cues, one stage (patches straight to a mask), and on
-the whole system's SAM: the box of the shipped GRPO model as prompt, the true box, the largest object. A finished
-arm is not trained again; an interrupted one continues.
+Arms: whole, no SCR, no dense prompt, no sparse prompts, no cues, one stage (patches straight to a mask), and
+on the whole system's SAM: the box of the shipped GRPO model as prompt, the true box, the largest object. A
+finished arm is not trained again; an interrupted one continues.
 """
 import argparse
 import time
@@ -23,7 +23,8 @@ from rsground_nb.masks import make_segmenter, mask_loss, masks_of_boxes, predict
 from rsground_nb.model import load_tiny
 from rsground_nb.pretrain import run_steps
 from rsground_nb.scenes import scene_records
-from rsground_nb.segmentation import TINY, OneStage, Questions, drawn, judge_masks, segment_rows, train_segmenter
+from rsground_nb.segmentation import (TINY, OneStage, Questions, drawn, judge_masks, segment_rows,
+                                      train_segmenter)
 from rsground_nb.shapes import decode_mask
 
 ARMS = {"whole": {}, "no SCR": dict(structure=0.0), "no dense prompt": dict(use=("sparse", "cues")),
@@ -57,8 +58,8 @@ def one_stage(rows, size, seed, folder):
 
 
 def with_boxes(model, boxes, side):
-    """Answers with SAM, prompted by one box a row in order. A missing box, or one without area, gives an empty
-    mask."""
+    """Answers with SAM, prompted by one box a row in order. A missing box, or one without area, gives an
+    empty mask."""
     left = iter(boxes)
 
     def answer(images, expressions):
@@ -67,14 +68,15 @@ def with_boxes(model, boxes, side):
         fine = [bool(box) and box[0] < box[2] and box[1] < box[3] for box in cut]
         asked = [k for k, good in enumerate(fine) if good]
         masks = [np.zeros((side, side), bool) for _ in images]
-        drawn_masks = masks_of_boxes(model, [images[k] for k in asked], [cut[k] for k in asked]) if asked else []
-        for k, mask in zip(asked, drawn_masks): masks[k] = mask
+        made = masks_of_boxes(model, [images[k] for k in asked], [cut[k] for k in asked]) if asked else []
+        for k, mask in zip(asked, made): masks[k] = mask
         return masks
     return answer
 
 
 def largest(rows):
-    return [max((o["box"] for o in things), key=lambda b: (b[2] - b[0]) * (b[3] - b[1])) for things in rows["objects"]]
+    def size(box): return (box[2] - box[0]) * (box[3] - box[1])
+    return [max((o["box"] for o in things), key=size) for things in rows["objects"]]
 
 
 def main():
@@ -84,7 +86,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=count)
     args = parser.parse_args()
     test, found = to_dataset(list(scene_records(args.questions, 0, split="test"))), []
-    vlm = [p["box"] for p in predict(*load_tiny("grpo"), test, 160, 64)]
+    vlm = [p["predicted"] for p in predict(*load_tiny("grpo"), test, 160, 64)]  # None: no box
     side = test[0]["width"]
 
     def note(arm, seed, answer, began):
