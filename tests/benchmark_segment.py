@@ -106,7 +106,8 @@ def main():
             note(arm, seed, lambda images, texts: predict_masks(model, images, texts), began)
             if arm == "whole":
                 boxes = {"GRPO's box": vlm, "true box": test["box"][:], "largest object": largest(test)}
-                for name, given in boxes.items(): note(name, seed, with_boxes(model, given, side), time.time())
+                for name, given in boxes.items():
+                    note(name, seed, with_boxes(model, given, side), time.time())
         began = time.time()
         note("one stage", seed, one_stage(rows, TINY, seed, args.out / f"{seed}-one-stage"), began)
 

@@ -29,7 +29,7 @@ def test_a_second_object_does_not_move_point_or_box():
 
 def test_peaks_come_in_order_and_apart():
     maps = torch.full((1, 14, 14), -5.0)
-    for (x, y), height in {(3, 3): 9.0, (4, 3): 8.5, (10, 4): 5.0, (6, 11): 7.0}.items(): maps[0, y, x] = height
+    for x, y, height in ((3, 3, 9.0), (4, 3, 8.5), (10, 4, 5.0), (6, 11, 7.0)): maps[0, y, x] = height
     points, heights = peaks(maps, 3)
     assert heights[0].tolist() == [9, 7, 5]
     assert points[0, 1].tolist() == pytest.approx([6.5, 11.5], abs=0.01)
