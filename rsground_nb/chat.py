@@ -53,7 +53,7 @@ from .thoughts import THOUGHT_SCHEMA, from_json
 
 # %% ../nbs/reference/chat.ipynb #5b4f5b80
 TEMPLATE = ASSETS / "teacher.jinja"
-PROMPT_VERSION = "b92fa101"  # the first 8 digits of the template's SHA-256: a test fails until it is renewed
+PROMPT_VERSION = "b92fa101"  # first 8 digits of the template's SHA-256; a test fails until it is updated
 
 @cache
 def load_template() -> Template: return Template(TEMPLATE.read_text(encoding="utf-8"))
@@ -82,10 +82,10 @@ def write_prompt(
 
 # %% ../nbs/reference/chat.ipynb #e5e446f3
 class Question(NamedTuple):
-    "One row, ready to be asked."
+    "One row as a question for the teacher."
     prompt: str
     image: dict  # {"bytes", "path"} as `datasets` keeps it, not decoded
-    size: tuple  # (width, height) in which it is shown
+    size: tuple  # (width, height) at which it is sent
     digest: str  # SHA-256 of the image file
 
 def make_question(
@@ -94,7 +94,7 @@ def make_question(
     free_text: bool = False,
 ) -> Question:
     "The question about a row. Raises OSError or ValueError if its image file or its box cannot be used."
-    answer_of(row, codec)  # raises ValueError where the student has no answer
+    answer_of(row, codec)  # raises ValueError if the student has no answer
     width, height = row["width"], row["height"]
     if free_text: width, height = codec.frame(width, height)
     if free_text and codec.name in GRID:
@@ -118,16 +118,16 @@ KINDS = ("json_schema", "json_object", "text")  # kinds of reply that can be req
 @dataclass(frozen=True)
 class Server:
     "An OpenAI-compatible server and its request settings. Raises ValueError for settings that cannot work."
-    url: str                         # up to and with /v1
+    url: str                         # up to and including /v1
     model: str                       # its name on the server
     key_env: str = "OPENAI_API_KEY"  # the environment variable with the key; this one may be unset
-    max_tokens: int | None = 2048    # of a reply; None, here and in the next two: the field is not sent
+    max_tokens: int | None = 2048    # of a reply; None (also for the next two): the field is not sent
     temperature: float | None = 0.0
     seed: int | None = 0
     timeout: float = 120             # seconds of wall-clock time for one request and its whole reply
     max_retries: int = 8             # after a time-out, a lost connection, HTTP 408, 409, 429 or 5xx
-    workers: int = 8                 # requests at a time
-    structured: bool | None = None   # True: require the schema; False: never; None: if the server can
+    workers: int = 8                 # parallel requests
+    structured: bool | None = None   # True: require the schema; False: never; None: if the server supports it
     max_failures: int = 20           # stop after this many consecutive rows without an answer
     free_text: bool = False          # True: ask for sentences, not for a Thought
     more: dict | None = field(default=None, repr=False)  # fields of the request, such as {"top_p": 0.9}
@@ -143,12 +143,12 @@ class Server:
             raise ValueError("key_env is the name of an environment variable, not the key itself")
         if not self.model: raise ValueError(f"which model of {self.url} is meant? Give its name there")
         if taken := {"model", "messages", "response_format", "stream"} & set(self.more or ()):
-            raise ValueError(f"more: {min(taken)!r} is not among the further fields: leave it out")
+            raise ValueError(f"more: {min(taken)!r} is set by the client: leave it out")
         if min(self.workers, self.max_failures, self.max_retries + 1) < 1 or not 0 < self.timeout < math.inf:
             raise ValueError("workers and max_failures must be at least 1, max_retries 0, timeout above 0 s")
 
     def kinds(self) -> list:
-        "What a reply may be asked to be, the preferred kind first."
+        "The kinds of reply that may be requested, the preferred kind first."
         return list({True: KINDS[:1], False: KINDS[-1:], None: KINDS}[self.structured])
 
     def manners(self) -> dict:
@@ -157,12 +157,12 @@ class Server:
         return {name: without_secrets(getattr(self, name)) for name in names}
 
     def key(self) -> str:
-        "The current key; '' for none. Raises ValueError if key_env names nothing, or no key."
+        "The current key; '' for none. Raises ValueError if the variable is not set or holds no valid key."
         key = os.environ.get(self.key_env, "").strip()
         if not key and self.key_env != "OPENAI_API_KEY":  # it may be the key itself: it is not quoted
             raise ValueError("key_env is not the name of an environment variable that is set")
         if not re.fullmatch(r"[!-~]*", key):
-            raise ValueError(f"the environment variable {self.key_env} holds letters that no key has")
+            raise ValueError(f"the environment variable {self.key_env} holds characters that no key has")
         return key
 
 SECRET = re.compile(r"key|secret|passw|auth|credential|cookie|token$", re.I)  # names of fields
@@ -172,16 +172,16 @@ def without_secrets(
     value,          # as from JSON
     name: str = "",  # of the field that holds it
 ):
-    "The same with '…' for every text that looks like a secret, by its field's name or by its form."
+    "The value with '…' for every text that looks like a secret, by its field's name or by its form."
     if isinstance(value, dict): return {k: without_secrets(v, k) for k, v in value.items()}
     if isinstance(value, list): return [without_secrets(v, name) for v in value]
     if not isinstance(value, str): return value
     return "…" if SECRET.search(name) or LIKE_A_KEY.search(value) else value
 
-ESCAPED = re.compile(r"\\(?:u00([2-7][0-9a-f])|(/))", re.I)  # a plain letter, as JSON may write it
+ESCAPED = re.compile(r"\\(?:u00([2-7][0-9a-f])|(/))", re.I)  # an escaped plain letter, as JSON may write it
 
 def plain_letters(text: str) -> str:
-    "JSON with plain letters for their escapes, so that a key is found in whatever way it was written."
+    "JSON with escapes replaced by plain letters, so that a key is found however it was written."
     def letter(found): return found[2] or chr(int(found[1], 16))
     return ESCAPED.sub(lambda found: found[0] if letter(found) in '"\\' else letter(found), text)
 
@@ -252,8 +252,8 @@ class ReplyCache:
     def execute(self, *command):
         try:
             with self.lock: return self.db.execute(*command).fetchall()
-        except sqlite3.OperationalError as e:  # no space, no right to write, locked for a minute
-            if e.sqlite_errorcode == sqlite3.SQLITE_ERROR: raise  # a table of other columns
+        except sqlite3.OperationalError as e:  # disk full, no permission, or locked for a minute
+            if e.sqlite_errorcode == sqlite3.SQLITE_ERROR: raise  # a table with other columns
             raise OSError(f"{self.path}: {e}") from None
 
     def get(self, key: str) -> Reply | None:
@@ -262,7 +262,7 @@ class ReplyCache:
         return Reply(*found[0][:3], bool(found[0][3])) if found else None
 
     def put(self, key: str, reply: Reply) -> Reply:
-        "Store a reply; returns the one that is kept, which is another client's if that came first."
+        "Store a reply; returns the reply that is kept, which is another client's if that arrived first."
         self.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?)", (key, *reply, time.time()))
         return self.get(key)
 
@@ -292,10 +292,10 @@ class BoundedHttp(openai.DefaultAsyncHttpxClient):
         return httpx2.Response(came.status_code, headers=kept, content=content, request=request)
 
 async def receive(response: httpx2.Response) -> bytes:
-    "The response's content, unpacked. Raises openai.OpenAIError if it is too long or not packed with gzip."
+    "The response's content, unpacked. Raises openai.OpenAIError if it is too long or cannot be unpacked."
     content, packing = bytearray(), response.headers.get("content-encoding", "identity")
     if packing not in ("identity", "gzip"):
-        raise openai.OpenAIError(f"the response is packed as {packing[:40]!r}, unasked")
+        raise openai.OpenAIError(f"the response is packed as {packing[:40]!r}, which was not requested")
     async for part in response.aiter_raw():
         content += part
         if len(content) > MOST_BYTES: break
@@ -317,13 +317,13 @@ class Client:
         threading.Thread(target=lambda: (self.loop.run_forever(), self.loop.close()), daemon=True).start()
 
     def send(self, method, path: str, **more) -> bytes:
-        "The content of the response. Raises openai.OpenAIError if there is none, or an error."
+        "The content of the response. Raises openai.OpenAIError if there is none, or if it is an error."
         sending = method(path, cast_to=httpx2.Response, **more)
         content = asyncio.run_coroutine_threadsafe(sending, self.loop).result().content
         return content.replace(self.key.encode(), "…".encode()) if len(self.key) > 5 else content
 
     def probe(self):
-        "Raises ValueError if the connection fails. Any answer is fine, and so is none once connected."
+        "Raises ValueError if no connection can be made. The answer itself does not matter."
         options = {"max_retries": 0, "timeout": openai.Timeout(6, connect=5)}
         try: self.send(self.api.get, "/models", options=options)
         except openai.APIConnectionError as e:
@@ -343,7 +343,7 @@ def storable(text: str) -> str:
 
 def said_in(
     error,           # an error as servers write it: a text, or JSON
-    depth: int = 4,  # so many levels are looked into
+    depth: int = 4,  # number of levels that are searched
 ) -> str:
     "Its text: the value of error, message, detail or msg; of a list, the first three with their places."
     if isinstance(error, list) and depth: return "; ".join(said_in(e, depth - 1) for e in error[:3])
@@ -366,7 +366,7 @@ STRANGE = "what came back is not a chat completion: does the address end in /v1?
 def read_completion(
     came: bytes,
 ) -> tuple:
-    "(text, finish_reason, usage) in a response. Raises ValueError, saying why, if it holds no reply."
+    "(text, finish_reason, usage) of a response. Raises ValueError, saying why, if it contains no reply."
     try: body = json.loads(came)
     except (ValueError, RecursionError):
         begins = came[:80].decode(errors="replace")
@@ -407,7 +407,7 @@ def ask(
 OBJECT = re.compile(r'\{\s*"')  # start of a JSON object
 
 def json_objects(text: str):
-    "The complete JSON objects in a text, without nested ones; not all, if most beginnings are not objects."
+    "The complete top-level JSON objects in a text. The search ends early if most candidates are not objects."
     end, wasted, decoder = 0, 0, json.JSONDecoder(strict=False)
     while (start := OBJECT.search(text, end)) and wasted <= 20 * len(text):  # 1,000 failures at most
         try: found, end = decoder.raw_decode(text, start.start())
@@ -433,7 +433,7 @@ def read_reply(
 def write_box(
     box,  # the value of "box", of any type
 ) -> str:
-    "The same as text: 240.0 as 240, a text unchanged, anything else as JSON."
+    "The box as text: 240.0 as 240, a text unchanged, anything else as JSON."
     if isinstance(box, list): box = [int(v) if isinstance(v, float) and v.is_integer() else v for v in box]
     return box if isinstance(box, str) else json.dumps(box)
 
@@ -448,7 +448,7 @@ def check_frame(
     row: dict,   # box (original pixels), width, height
     codec: Codec,  # of the student
 ):
-    "Raise ValueError, naming the frame, for a box that is the true one in another frame."
+    "Raise ValueError, naming the frame, if the box is the true one written in another frame."
     if iou(box, row["box"]) >= 0.5: return
     size = row["width"], row["height"]
     frames = {name: (side or size[0], side or size[1]) for name, side in FRAMES.items()}
@@ -470,9 +470,9 @@ def read_thought(
     row: dict,     # box, width, height
     codec: Codec,  # of the student
 ) -> Thought:
-    "The Thought in a reply, the last of several. Raises ValueError, naming the field, for what is not one."
+    "The Thought in a reply; of several, the last. Raises ValueError, naming the field, if it is invalid."
     found, (w, h) = list(json_objects(text)), (row["width"], row["height"])
-    if not found: raise ValueError(f"the reply holds no whole JSON object, but begins {text[:40]!r}")
+    if not found: raise ValueError(f"the reply contains no complete JSON object; it begins {text[:40]!r}")
     made = next((o for o in reversed(found) if "target" in o), found[-1])
     box = made.get("box")
     if isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4:
@@ -480,7 +480,7 @@ def read_thought(
     thought = from_json(json.dumps(made))
     for where, it in places_in(made):
         if isinstance(it, str) and not re.fullmatch(r"[^<>\[\](){}|\x00-\x1f\x7f]{1,80}", it):
-            raise ValueError(f"{where}: {it[:40]!r} is no name or cue of 1 to 80 letters without brackets")
+            raise ValueError(f"{where}: {it[:40]!r} is not 1 to 80 characters without brackets")
         if isinstance(it, list) and not (0 <= it[0] < it[2] <= w + 1 and 0 <= it[1] < it[3] <= h + 1):
             raise ValueError(f"{where}: {it} is not a box [x1, y1, x2, y2] in an image of {w}x{h} pixels")
     return thought
@@ -492,7 +492,7 @@ def explain(
     error: Exception,  # one of NO_ANSWER
     client: Client,
 ) -> str:
-    "Why a row has no reply, in one line. Raises ValueError where no row gets one: HTTP 3xx, 401, 403, 404."
+    "Why a row has no reply, in one line. Raises ValueError if no row can get one: HTTP 3xx, 401, 403, 404."
     server, status = client.server, getattr(error, "status_code", None)
     tries = f"asked {server.max_retries + 1} times" if server.max_retries else "asked once"
     quote = f"HTTP {status}: {said_in(error.body)}" if status else str(error)
@@ -505,7 +505,7 @@ def explain(
                          f"(it should end in /v1): {quote}") from None
     if status and status < 400:
         raise ValueError(f"{server.url} leads to another address (HTTP {status}), which is not followed: "
-                         "give the address that answers itself") from None
+                         "give the final address") from None
     if not isinstance(error, openai.APIConnectionError): return quote
     late = isinstance(error, openai.APITimeoutError)
     if late: return f"no whole reply within {server.timeout:g} s, {tries}"
@@ -517,7 +517,7 @@ def in_threads(
     jobs,       # iterable: the next job is taken when a thread is free
     count: int,  # threads
 ):
-    "Yield (job, what `work(job)` gave or the exception it raised) in the order in which they are done."
+    "Yield (job, the result of `work(job)` or the exception it raised), in the order of completion."
     came, busy = SimpleQueue(), 0
     def attempt(job):
         try: came.put((job, work(job)))
@@ -535,13 +535,13 @@ def in_threads(
 @dataclass
 class Meter:
     "What a run has used so far."
-    budget: int | None  # tokens; None: no end
-    limit: int | None   # requests; None: no end
+    budget: int | None  # tokens; None: no limit
+    limit: int | None   # requests; None: no limit
     max_failures: int
     tokens: int = 0
     asked: int = 0
-    failed: int = 0     # in a row
-    trouble: str = ""   # of the last failure
+    failed: int = 0     # consecutive failures
+    trouble: str = ""   # message of the last failure
 
     def note(self, tokens: int, trouble: str = ""):
         "Count a row that was asked: the tokens of its reply, or why there is none."
@@ -549,9 +549,9 @@ class Meter:
         self.tokens += tokens
 
     def stop(self) -> str:
-        "Why nothing more is asked; '' to continue."
+        "Why no more questions are asked; '' to continue."
         if self.failed >= self.max_failures:
-            return f"{self.failed} rows in a row got no answer; the last: {self.trouble}"
+            return f"{self.failed} consecutive rows got no answer; the last: {self.trouble}"
         spent = self.budget is not None and self.tokens >= self.budget
         if spent: return f"budget of {self.budget} tokens is spent"
         over = self.limit is not None and self.asked >= self.limit
@@ -583,7 +583,7 @@ def as_draft(
 
 def answer(question: Question, client: Client, store: ReplyCache) -> Reply | str:
     """The reply, which is stored first; or what is wrong with the picture.
-    The first reply settles which kind is asked for from then on."""
+    The kind of the first reply is requested from then on."""
     server, kinds = client.server, client.kinds.copy()
     try: picture = data_url(question)
     except READ_ERRORS as e: return f"its image cannot be read: {e}"
@@ -605,14 +605,14 @@ def questions(
     client: Client,
     store: ReplyCache,
     meter: Meter,
-    drafts: dict,   # by row: takes those of rows that are not asked
-    asked: dict,    # by key: takes the rows that wait for its reply
+    drafts: dict,   # by row: receives the drafts of rows that are not asked
+    asked: dict,    # by key: receives the rows that wait for this reply
 ):
     "Yield (key, Question) for each reply that has to be asked for."
     for k, row in enumerate(rows):
         try: question = make_question(row, codec, client.server.free_text)
         except READ_ERRORS as e:
-            drafts[k] = Draft(trouble=f"row {k} makes no question: {e}")
+            drafts[k] = Draft(trouble=f"no question can be made from row {k}: {e}")
             continue
         keys = [content_key(client.server, question, kind) for kind in client.server.kinds()]
         found, why = next(filter(None, map(store.get, keys)), None), meter.stop()
@@ -631,11 +631,11 @@ def chat_drafts(
     rows: Dataset,              # chapter 3
     codec: Codec,               # of the student
     server: Server,
-    cache: str | Path,          # SQLite file with all replies so far; made if it is not there
-    budget: int | None = None,  # tokens of new replies, after which no more is asked
-    limit: int | None = None,   # new requests, after which no more is asked
+    cache: str | Path,          # SQLite file with all replies so far; created if missing
+    budget: int | None = None,  # stop after this many tokens of new replies
+    limit: int | None = None,   # stop after this many new requests
 ) -> list:
-    """One Draft a row, in order; `trouble` says why there is none. Run it again: no row is asked twice.
+    """One Draft per row, in order; `trouble` says why a row has no text. A second call asks no row twice.
     Raises ValueError if there is no server at the address, or if it refuses every row."""
     client, store, meter = Client(server), ReplyCache(cache), Meter(budget, limit, server.max_failures)
     plain = rows.select_columns([c for c in FIELDS if c in rows.column_names])
@@ -658,8 +658,8 @@ def chat_drafts(
         drafts |= zip(same, made)
     left = [d.trouble.removeprefix(NOT_ASKED) for d in drafts.values() if d.trouble.startswith(NOT_ASKED)]
     if left:
-        warnings.warn(f"{len(left)} of {len(rows)} rows were not asked: {left[0]}. What came is in {cache}; "
-                      "run it again to go on", stacklevel=2)
+        warnings.warn(f"{len(left)} of {len(rows)} rows were not asked: {left[0]}. Replies are in {cache}; "
+                      "run it again to continue", stacklevel=2)
     return [drafts[k] for k in range(len(rows))]
 
 # %% ../nbs/reference/chat.ipynb #4e659d73

@@ -21,7 +21,7 @@ from .sentences import RULES
 
 # %% ../nbs/reference/drawing.ipynb #b780656c
 def circle(n=24, radius=0.5):
-    "n points on a circle around 0."
+    "`n` points on a circle around 0."
     return [(radius * np.cos(a), radius * np.sin(a)) for a in np.linspace(0, 2 * np.pi, n, endpoint=False)]
 
 def rectangle(x, y, u, v):
@@ -29,7 +29,7 @@ def rectangle(x, y, u, v):
     return [(x, y), (u, y), (u, v), (x, v)]
 
 def turn(angle):
-    "The matrix that turns points in rows clockwise on the screen; the angle is in radians."
+    "The matrix that turns row vectors clockwise on the screen; the angle is in radians."
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 def crossing(radius=0.34, arm=0.1):
@@ -108,7 +108,7 @@ ALL_RULES = tuple(RULES)
 
 @dataclass(frozen=True)
 class Style:
-    "How scenes look and what is in them. Lengths are shares of the side, noise is in grey levels (of 255)."
+    "How scenes look and what is in them. Lengths are shares of the side; noise is in grey levels (of 255)."
     categories: tuple = ("ship", "vehicle", "tank", "plane")
     colours: dict = field(default_factory=lambda: COLOURS)
     grounds: dict = field(default_factory=lambda: GROUNDS)
@@ -116,18 +116,18 @@ class Style:
     skew: float = 1.0              # 1: sizes are uniform; above: more small ones
     objects: tuple = (2, 5)        # fewest and most
     kinds: tuple = (4, 4)          # fewest and most categories in one scene
-    crowded: float = 0.0           # share of scenes with at least half of the most objects; 0: any number
+    crowded: float = 0.0           # share of scenes with at least half of the greatest number; 0: any number
     gap: float = 0.02              # between two boxes
-    covered: float = 0.0           # share of objects that a cloud or a tree crown is put on or beside
+    covered: float = 0.0           # share of objects with a cloud or a tree crown on or beside them
     details: bool = False          # windows, court lines, ...
-    shadow: float = 0.1            # length of a shadow as share of the object's length; 0: none
+    shadow: float = 0.1            # length of a shadow as a share of the object's length; 0: none
     sun: tuple = (0.785, 0.785)    # range of the direction in which shadows fall, radians clockwise from +x
-    blotches: tuple = (8, 0.1)     # grid and strength of slow changes of the ground
+    blotches: tuple = (8, 0.1)     # grid and strength of the large soft blotches of the ground
     grain: float = 3.2             # noise of the ground
-    fields: float = 0.0            # contrast of parcels and furrows of the ground
+    fields: float = 0.0            # contrast of fields and their furrows; 0: no fields
     sensor: float = 0.0            # noise of the sensor, on everything
     grey: float = 0.0              # share of panchromatic scenes
-    rules: tuple = ("name", "end", "cell", "size", "relation")  # which sentences are written
+    rules: tuple = ("name", "end", "cell", "size", "relation")  # the rules that write the sentences
 
 STYLES = {
     "simple": Style(),
@@ -142,9 +142,9 @@ STYLES = {
 }
 
 def get_style(
-    name,  # of STYLES, or a Style
+    name,  # a key of STYLES, or a Style
 ) -> Style:
-    "The style of that name. Raises ValueError with the known names for any other."
+    "The style of that name. Raises ValueError, listing the known names, for any other name."
     if isinstance(name, Style): return name
     if name not in STYLES: raise ValueError(f"unknown style {name!r}: use one of {', '.join(STYLES)}")
     return STYLES[name]
@@ -165,7 +165,7 @@ def propose(
     angles,        # (n,) radians
     side,          # of the picture, pixels
 ):
-    "(padded outlines, places, lengths, boxes, inside) of n objects of random size and place, in pixels."
+    "(padded outlines, places, lengths, boxes, inside) of n objects with random sizes and places, in pixels."
     lengths = side * (sizes[0] + (sizes[1] - sizes[0]) * rng.random(len(which)) ** skew)
     places, turns = rng.uniform(0, side, (len(which), 2)), lengths * np.exp(1j * angles)
     centres = (places @ (1, 1j))[:, None]
@@ -182,8 +182,8 @@ def blob(rng, centre, radius):
     return np.array(centre) + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 def put_covers(rng, things, share):
-    """(kind, outline) for about `share` of the objects, on or beside them; one kind in a scene.
-    Objects up to 8 px get none: a small white cloud would look like an object."""
+    """(kind, outline) of covers on or beside about `share` of the objects; a scene has only one kind.
+    Objects of up to 8 px get none, because a small white cloud would look like an object."""
     kind, covers = ("tree", "cloud")[rng.integers(2)], []
     for t in things:
         if t.length > 8 and rng.random() < share:
@@ -192,20 +192,20 @@ def put_covers(rng, things, share):
     return tuple(covers)
 
 def how_many(rng, style, fewest, most):
-    "A number of objects: uniform, or, with `style.crowded`, few in most scenes and many in the others."
+    "A random number of objects: uniform, or, with `style.crowded`, mostly few and sometimes many."
     if not style.crowded: return int(rng.integers(fewest, most + 1))
     if rng.random() < style.crowded: return int(rng.integers(max(fewest, most // 2), most + 1))
     return int(rng.integers(fewest, max(fewest, most // 3) + 1))
 
 # %% ../nbs/reference/drawing.ipynb #eff73077
-FINE = 3  # everything is drawn at this many times the size
+FINE = 3  # everything is first drawn this many times larger
 
 def fine(points):
     "Points in pixels of the enlarged drawing, as a flat list."
     return np.floor(FINE * points).ravel().tolist()
 
 def furrows(style, rng, side):
-    "(side, side) texture of parcels and furrows."
+    "The (side, side) texture of a plain field beside one with furrows."
     ramp, angle = np.linspace(-1, 1, side, dtype=np.float32), rng.uniform(0, np.pi)
     edge, waves = rng.uniform(-0.7, 0.7), rng.uniform(20, 100)
     x, y = np.float32((np.cos(angle), np.sin(angle)))[:, None] * ramp
@@ -226,11 +226,11 @@ def draw_ground(scene, rng):
     table = np.clip(np.arange(-128, 128)[:, None] + base, 0, 255).astype(np.uint8)  # a colour for each level
     return Image.fromarray(np.take(table, np.clip(texture + 128, 0, 255).astype(np.uint8), axis=0))
 
-HEIGHT = {  # of an object, for its shadow; 1 for all others
+HEIGHT = {  # of an object in lengths, for its shadow; 1 for all others
     "tennis court": 0, "helipad": 0, "roundabout": 0, "building": 1.6, "storage tank": 1.6, "bridge": 0.5}
 
 def shade(ground, scene):
-    "Put the objects' shadows, soft-edged, on the ground."
+    "Draw the soft-edged shadows of the objects on the ground."
     canvas = Image.new("L", (FINE * scene.side,) * 2)
     pen = ImageDraw.Draw(canvas)
     reach = get_style(scene.style).shadow * np.array([np.cos(scene.sun), np.sin(scene.sun)])
@@ -255,7 +255,7 @@ DETAIL_POINTS = {
     name: np.array([p for *_, points in parts for p in points]) for name, parts in DETAILS.items()}
 
 def draw_details(pen, thing, shades):
-    "Windows, lines, railings, ... of one object. A line too thin to draw is made fainter instead."
+    "Draw the windows, lines and railings of one object. A line that is too thin is made fainter instead."
     placed = iter(fine(DETAIL_POINTS[thing.category] @ turn(thing.angle) * thing.length + thing.at))
     for paint, width, points in DETAILS[thing.category]:
         here = [next(placed) for _ in range(2 * len(points))]
@@ -266,7 +266,7 @@ def draw_details(pen, thing, shades):
         else: pen.polygon(here, fill=colour)
 
 def draw_cover(pen, kind, outline):
-    "A tree crown or cloud with a lit middle; opaque, so that the mask is exact."
+    "Draw a tree crown or cloud with a lit middle. It is opaque, so that the mask is exact."
     colour, middle = {"tree": CROWN, "cloud": CLOUD}[kind], outline.mean(0)
     for size, gain in ((1, 1), (0.7, 1.06), (0.35, 1.12)):
         lit = tuple(min(255, int(gain * c)) for c in colour)
@@ -306,7 +306,7 @@ def draw_scene(
     return through_sensor(picture.reduce(FINE), scene.grey, style.sensor, rng)
 
 def as_png(image):
-    "The image as PNG bytes, the form in which a dataset can hold it."
+    "The image as PNG bytes, which a dataset can store."
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

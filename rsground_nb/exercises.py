@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # %% ../nbs/reference/exercises.ipynb #f600bcfb
 @dataclass
 class Exercise:
-    "One exercise of a chapter. Nothing that the reader writes can stop the notebook."
+    "One exercise of a chapter. An error in the answer does not stop `check`, which reports it as wrong."
     find_fault: Callable             # answer -> what is wrong with it, or ''
     draw: Callable | None = None     # answer -> a figure or a table of what it does
 

@@ -42,7 +42,7 @@ class Bank(NamedTuple):
     owner: torch.Tensor    # (scenes, rows, columns): the object that covers most of a cell
 
 def cell_owner(scene, n):
-    "(n, n) whole numbers: the object that covers most of a cell; 0 where none covers 6 pixels of it."
+    "(n, n) integers: the object that covers most of a cell; 0 where none covers 6 pixels of it."
     cells = label_map(scene).reshape(n, scene.side // n, n, scene.side // n).swapaxes(1, 2).reshape(n, n, -1)
     counts = (cells[..., None] == np.arange(1, len(scene.things) + 1)).sum(2)
     return np.where(counts.max(2) >= 6, counts.argmax(2) + 1, 0)
@@ -70,11 +70,11 @@ def cut_window(
     rng, boxes: np.ndarray,  # (n, 4) of one picture, original pixels
     size: tuple,             # (width, height) of the picture
     spans=(1.8, 7.0),        # side of the window, in sides of the plane it is cut around
-    smallest=0.08,           # longer side of a plane, as share of the window
+    smallest=0.08,           # longer side of a plane, as a share of the window
     most=6,                  # planes in a window
 ):
     """((x, y, side), boxes as shares of the side) of a random square window around a random plane. None if
-    the window holds a part of a plane, a small or a doubtful plane, or too many."""
+    the window holds a part of a plane, a small or a doubtful plane, or too many planes."""
     x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
     side = min(max(x2 - x1, y2 - y1) * np.exp(rng.uniform(*np.log(spans))), *size)
     ranges = [(max(0, b - side), min(a, n - side)) for a, b, n in ((x1, x2, size[0]), (y1, y2, size[1]))]
@@ -94,8 +94,8 @@ def photo_bank(
     count: int, seed: int,
     side: int = 112,      # pixels
 ) -> Bank:
-    """`count` random windows of real pictures, shrunk to `side`. The cells of a plane are those that its box
-    covers by a third."""
+    """`count` random windows of real pictures, shrunk to `side`. A plane owns the cells that its box
+    covers by at least a third."""
     rng, patch = np.random.default_rng([seed, 5]), processor.image_processor.patch_size
     coco, n = COCO(Path(folder) / "_annotations.coco.json"), side // patch
     pictures = [(Image.open(Path(folder) / p["file_name"]).convert("RGB"), coco.imgToAnns[k])
@@ -122,7 +122,7 @@ def photo_bank(
     return Bank(objects, pixels, owner)
 
 def box_owner(boxes, n):
-    "(n, n) whole numbers: the box that covers most of a cell, from 1; 0 where none covers a third of it."
+    "(n, n) integers: the box that covers most of a cell, from 1; 0 where none covers a third of it."
     edge = np.arange(n) / n
     x, y = (np.clip(np.minimum(boxes[:, k + 2, None], edge + 1 / n) - np.maximum(boxes[:, k, None], edge),
                     0, None) * n for k in (0, 1))
@@ -131,7 +131,7 @@ def box_owner(boxes, n):
 
 def tint(pixels, rng):
     """Normalised pixels (pictures, ...) with another brightness, contrast and white balance for each picture,
-    as at another hour or from another sensor."""
+    as if taken at another hour or with another sensor."""
     gain, shift = (torch.from_numpy(rng.normal(mean, 0.12, (len(pixels), 1, 1, 3, 1, 1)).astype(np.float32))
                    for mean in (1, 0))
     return pixels.float() * gain + shift
@@ -139,7 +139,7 @@ def tint(pixels, rng):
 # %% ../nbs/deeper/pretrain.ipynb #a1058123
 def turn_patches(
     pixels: torch.Tensor,  # (rows, columns, ...) or (rows, columns, 3, p, p); rows = columns
-    turn: int,             # 0 to 7: bit 0 mirrors at the diagonal, bit 1 left-right, bit 2 top-bottom
+    turn: int,             # 0 to 7: bit 0 mirrors across the diagonal, bit 1 left-right, bit 2 top-bottom
 ) -> torch.Tensor:
     "The same picture, mirrored."
     inner = pixels.ndim == 5
@@ -167,7 +167,7 @@ class Views(NamedTuple):
     owner: torch.Tensor    # (pictures, rows * columns)
 
 def draw_views(bank, count, rng, device):
-    "`count` random views of a bank, each with its own light (`tint`)."
+    "`count` random views of a bank, each with its own brightness and colours (`tint`)."
     chosen, turns = rng.integers(len(bank.objects), size=count), rng.integers(8, size=count)
     objects = [[(c, k, turn_box(b, t)) for c, k, b in bank.objects[i]] for i, t in zip(chosen, turns)]
     pixels = tint(torch.stack([turn_patches(bank.pixels[i], t) for i, t in zip(chosen, turns)]), rng)
@@ -201,7 +201,7 @@ class EyeTest(nn.Module):
 
 def truth(objects, numbers):
     """(category, colour, box), each with one entry for every number in `numbers` (pictures, n): the object
-    with that number, counted from 1; 0 for 0."""
+    with that number, counted from 1, and zeros for the number 0."""
     rows = []
     for things, chosen in zip(objects, numbers.cpu().numpy()):
         table = np.array([[0] * 6, *[[CATEGORIES.index(c), COLOUR_NAMES.index(k), *b] for c, k, b in things]])
@@ -220,11 +220,11 @@ PIXELS = Codec("qwen3_vl")  # what the tiny model writes: thousandths of the sid
 NUMERALS = ("no", "one", "two", "three", "four", "five", "six")
 
 def box_text(box):
-    "'[x1, y1, x2, y2]' for shares of the side."
+    "'[x1, y1, x2, y2]' for a box in shares of the side."
     return str(list(PIXELS.encode(box, 1, 1)))
 
 def point_text(box):
-    "'(x, y)': the centre."
+    "'(x, y)', the centre of the box."
     x1, y1, x2, y2 = box
     return str(PIXELS.encode(((x1 + x2) / 2, (y1 + y2) / 2), 1, 1))
 
@@ -239,7 +239,7 @@ def names_of(k, objects):
     return names
 
 def called(thing):
-    "'red ship'; 'plane' where the colour is not known."
+    "'red ship'; 'plane' if the colour is not known."
     return " ".join(word for word in thing[1::-1] if word)
 
 def listed(parts):
@@ -260,7 +260,7 @@ def ask_what(k, objects, rng):
         (f"the {called(objects[k])}", k)]
 
 def ask_where(k, objects, rng):
-    "The cell of the picture, unless the centre is near a border of cells."
+    "The place in a three-by-three grid, unless the centre is near the border of a cell."
     x1, y1, x2, y2 = objects[k][2]
     cell = third((x1 + x2) / 2, 1, 0.03), third((y1 + y2) / 2, 1, 0.03)
     name = called(objects[k])
@@ -289,7 +289,7 @@ def ask_echo(k, objects, rng):
     return f"Repeat: {words}", [(words, -1)]
 
 TASKS = {ask_name: 0.56, ask_point: 0.12, ask_what: 0.10, ask_where: 0.05, ask_list: 0.10, ask_all: 0.03,
-         ask_echo: 0.04}  # how often
+         ask_echo: 0.04}  # shares of the questions
 
 def dialogues(objects, rng, budget=190):
     """Random questions about one picture, up to about `budget` tokens:
@@ -304,7 +304,7 @@ def dialogues(objects, rng, budget=190):
 
 # %% ../nbs/deeper/pretrain.ipynb #05261221
 def numbers_of(tokens, digits):
-    """For each token the number that it is a digit of, without its last place; -1 if it is no digit.
+    """For each token, the number that it is a digit of, without its last place; -1 if it is not a digit.
     `digits` maps tokens to '0' to '9'."""
     found = []
     for written, run in groupby(tokens, digits.__contains__):
@@ -314,18 +314,18 @@ def numbers_of(tokens, digits):
 
 class Rows(NamedTuple):
     """Packed rows: a picture, then several questions and answers that do not see each other.
-    Shapes are (pictures, length) unless said."""
+    Shapes are (pictures, length) unless stated otherwise."""
     inputs: dict           # for the model, without pixels
-    labels: torch.Tensor   # the token that must come next; -100 where the loss does not look
+    labels: torch.Tensor   # the token that must come next; -100 where there is no loss
     looks: torch.Tensor    # the object that this next token is about; -1: none
-    numbers: torch.Tensor  # the coordinate that this token is a digit of, in hundredths; -1: no digit
+    numbers: torch.Tensor  # the coordinate that this token is a digit of, in hundredths; -1: not a digit
     first: int             # where the visual tokens start
     cells: int             # how many there are
 
 def pack_rows(
     processor, model,
     grid: torch.Tensor,  # (pictures, 3), all the same
-    asked: list,         # per picture: `dialogues`
+    asked: list,         # per picture, from `dialogues`
 ) -> Rows:
     """One row for each picture. Every answer has the same positions and sees the same tokens as in a row of
     its own."""
@@ -375,7 +375,7 @@ def fill_rows(rows, image, first, cells, grid):
 GUIDED = (1, (0, 1))  # layer, heads
 
 def look_loss(
-    layer, states, places,    # a text layer, what goes into it (rows, length, width), its rotary (cos, sin)
+    layer, states, places,    # a text layer, its input (rows, length, width), its rotary (cos, sin)
     rows: Rows,
     owner: torch.Tensor,      # (rows, cells)
     heads: tuple,
@@ -499,7 +499,7 @@ def pretrain(
     word_steps: int = 5000,     # with 8 pictures and about 6 questions per picture
     seed: int = 0,
     num_scenes: int = 12000,
-    photos: str | Path | None = None,  # folder of real pictures of planes: as many windows as scenes
+    photos: str | Path | None = None,  # folder of real pictures of planes; adds num_scenes windows
     **often,                    # log_every, save_every: in steps
 ):
     """Train a tiny model from random weights, eyes first. Continues where an interrupted run with the same

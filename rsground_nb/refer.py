@@ -33,14 +33,14 @@ from .sentences import RULES, Picture, Seen, check_expression, choose, count_hop
 # %% ../nbs/reference/refer.ipynb #48f54c48
 DETECTIONS = ("coco", "yolo", "voc", "voc_turned", "dota")
 SMALLEST = 12  # pixels: a box with a shorter side is doubtful
-BORDER = 2     # pixels: a box this near to the border of the picture counts as cut
+BORDER = 2     # pixels: a box this close to the border of the picture counts as cut
 
 def read_detections(
     path: str | Path,                  # a folder, or one annotation file
     format: str | None = None,         # one of DETECTIONS; None: guess
     images: str | Path | None = None,  # the image folder, if it is not the layout's own
 ) -> tuple:
-    "(rows, findings): one row for each annotated object. Raises ValueError for a format without all objects."
+    "(rows, findings): one row per annotated object. Raises ValueError for a format not in DETECTIONS."
     path = Path(path)
     if path.is_file() and images is None: images = path.parent
     found, rows, findings = read_rows(path, format, images, detections=True)
@@ -50,12 +50,12 @@ def read_detections(
     return rows, findings
 
 def plain_name(category: str) -> str:
-    "A category as a sentence writes it: 'Large_Vehicles' is 'large vehicle'."
+    "A category as it is written in a sentence: 'Large_Vehicles' becomes 'large vehicle'."
     *words, last = category.lower().replace("-", " ").replace("_", " ").split() or [""]
     return " ".join([*words, PLURALS.get(last, last)])
 
 def why_doubtful(row, window, smallest: float) -> str:
-    "Why it is doubtful whether a reader counts an object in a window; '' if there is no doubt."
+    "Why a reader may or may not count an object in a window; '' if there is no doubt."
     if row.get("doubtful"): return row["doubtful"]
     x1, y1, x2, y2 = box = tuple(row["box"])
     if min(x1, y1, row["width"] - x2, row["height"] - y2) < BORDER: return "touches the border"
@@ -80,7 +80,7 @@ def as_seen(row, window, why: str) -> Seen:
     return Seen(row["category"], box, None, visible, not why)
 
 def spread_out(thing: Seen, why: str, size) -> list:
-    "The doubtful rivals for an object whose place or number is not known."
+    "The doubtful rivals for an object whose position or number is not known."
     if why not in ("crowd", "truncated", "touches the border", "cut by the window"): return []
     x1, y1, x2, y2 = thing.box
     w, h = (0.5, 0.5) if why == "crowd" else ((x2 - x1) / 2, (y2 - y1) / 2)
@@ -99,13 +99,13 @@ def look(rows: list, window, smallest: float = SMALLEST) -> tuple:
 
 # %% ../nbs/reference/refer.ipynb #1434a8cc
 def windows_of(width: int, height: int, sizes) -> list:
-    "(x1, y1, x2, y2) of square windows, half a side apart, the last ones at the border; none if too large."
+    "(x1, y1, x2, y2) of square windows, half a side apart, the last ones at the border; none if none fits."
     def starts(length, size): return sorted({*range(0, length - size + 1, max(1, size // 2)), length - size})
     fitting = [s for s in sizes if s <= min(width, height)]
     return [(x, y, x + s, y + s) for s in fitting for y in starts(height, s) for x in starts(width, s)]
 
 def by_picture(rows: list) -> tuple:
-    "(pictures, refused): the rows of each picture, each box once, categories as sentences write them."
+    "(pictures, refused): the rows of each picture, with each box once and plain categories."
     pictures, refused = defaultdict(dict), Counter()
     for row in rows:
         if not row["category"]: refused["object without a category"] += 1; continue
@@ -120,7 +120,7 @@ def ask(rows: list, window, hops, rng, refused: Counter, rules, smallest: float)
     picture, for_rules, reasons = look(rows, window, smallest)
     whole = tuple(window) == (0, 0, rows[0]["width"], rows[0]["height"])
     if sum(t.sure for t in picture.things) < (1 if whole else 2):
-        refused["picture without a sure object" if whole else "window with less than two sure objects"] += 1
+        refused["picture without a sure object" if whole else "window with fewer than two sure objects"] += 1
         return []
     asked = []
     for n in hops:
@@ -133,8 +133,8 @@ def ask(rows: list, window, hops, rng, refused: Counter, rules, smallest: float)
 
 def refer(
     rows: list,                 # of `read_detections`
-    windows=(),                 # sides of windows, pixels; the whole picture is always asked about
-    seed: int = 0,              # a picture's questions depend on the seed and its own rows only
+    windows=(),                 # sides of windows, pixels; the whole picture is always used, too
+    seed: int = 0,              # a picture's questions depend only on the seed and its own rows
     hops=(1, 2, 3),
     rules=tuple(RULES),         # of reference/sentences
     smallest: float = SMALLEST, # pixels
@@ -174,7 +174,7 @@ def as_row(row, rows: list, text: str, rule: str, window, name: str) -> dict:
 
 # %% ../nbs/reference/refer.ipynb #b947301d
 def image_name(row) -> str:
-    "The path of a row's picture below the new folder; the annotated name is kept."
+    "The path of a row's picture in the new folder; the annotated name is kept."
     name = PurePosixPath("images", row["split"], row["image_id"])
     if row["window"] is None: return name.as_posix()
     x, y, right, bottom = row["window"]
@@ -206,7 +206,7 @@ def as_line(row, name: str) -> str:
     return json.dumps({**known, "image": name, "origin": row["origin"]}, ensure_ascii=False) + "\n"
 
 def count_table(rows: list) -> pd.DataFrame:
-    "The number of sentences of each rule and number of hops, for each split."
+    "The number of sentences for each rule, number of hops and split."
     kinds = [dict(rule=r["source"].partition(":")[2], hops=r["hops"], split=r["split"]) for r in rows]
     table = pd.DataFrame(kinds).value_counts().unstack("split", fill_value=0)
     return table.sort_index(level=["hops", "rule"])
@@ -224,7 +224,7 @@ def write_audit(rows: list, path: Path, refused: dict, count: int, seed: int):
     path.write_text(page, encoding="utf-8")
 
 def check_options(windows, seed, hops, smallest):
-    "Raises ValueError for an option out of its range."
+    "Raises ValueError for an option outside its range."
     for w in windows:
         if w < 1: raise ValueError(f"windows must be at least 1 px, not {w}")
     for n in hops:
@@ -233,7 +233,7 @@ def check_options(windows, seed, hops, smallest):
     if seed < 0: raise ValueError(f"seed {seed} is negative: use 0 or more")
 
 def write_refer(
-    path: str | Path, out: str | Path,  # a detection dataset, and a new folder outside of it
+    path: str | Path, out: str | Path,  # a detection dataset, and a new folder outside it
     windows=(), seed: int = 0, hops=(1, 2, 3), smallest: float = SMALLEST,
     format: str | None = None, images: str | Path | None = None,
     samples: int = 60,                  # on the page

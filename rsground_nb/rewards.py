@@ -19,11 +19,11 @@ from .boxes import BOX, Codec, parse_completion
 
 # %% ../nbs/07_rewards.ipynb #e3b6e5c4
 def group_advantages(
-    rewards: torch.Tensor,         # (..., questions, num_generations); group and none also take one group
-    scale_rewards: str = "group",  # divide by the std of the group, of the batch, or not (none), as in TRL
+    rewards: torch.Tensor,         # (..., questions, num_generations); group and none also accept one group
+    scale_rewards: str = "group",  # divide by the std of the group, by that of the batch, or not (none)
 ) -> torch.Tensor:
     """Advantages, in the shape of the rewards. A group of equal rewards, or of one reward, gives zeros.
-    Raises ValueError for an unknown way of scaling."""
+    Raises ValueError for an unknown `scale_rewards`."""
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"unknown scaling {scale_rewards!r}: use group, batch or none")
     centred = rewards - rewards.mean(-1, keepdim=True)
@@ -38,8 +38,8 @@ def paired(
     boxes: torch.Tensor, targets: torch.Tensor,  # (n, 4)
 ):
     """(usable, boxes, targets). usable (n,): both have an area and are finite (numbers below 1e100, sides
-    above 1e-100). The boxes are in double precision; unit boxes replace unusable pairs, so that these leave
-    a gradient of 0 and not NaN."""
+    above 1e-100). The boxes have double precision; unit boxes replace unusable pairs, so that their gradient
+    is 0 and not NaN."""
     boxes, targets = boxes.double(), targets.double()
 
     def fine(b):
@@ -51,13 +51,13 @@ def paired(
 
 # %% ../nbs/07_rewards.ipynb #8da974c9
 def along(lo, hi, centre, sigma, reading):
-    "One axis of the positional reward."
+    "The positional reward along one axis."
     if reading == "center":
         return torch.exp(-(((lo + hi) / 2 - centre) / sigma).clamp(-40, 40) ** 2 / 2)
     a, b = ((edge - centre) / (sigma * math.sqrt(2)) for edge in (lo, hi))
     left = a + b < 0  # the kernel is even: take the mirror image
     a, b = torch.where(left, -b, a).clamp(-30, 30), torch.where(left, -a, b).clamp(-30, 30)
-    far = torch.erfc(a) - torch.erfc(b)  # far away both erf are 1, and their difference loses its digits
+    far = torch.erfc(a) - torch.erfc(b)  # far away both erf are 1, and their difference loses precision
     mass = torch.where(a > 0, far, torch.erf(b) - torch.erf(a))
     return mass * (sigma / (hi - lo)) * math.sqrt(math.pi / 2)
 
@@ -67,7 +67,7 @@ def positional(
     alpha: float = 2.5,       # reach, in half sides of the target
     reading: str = "center",  # center | area
 ) -> torch.Tensor:
-    """(n,) positional reward in [0, 1]; 0 for boxes or targets without area or not finite. A perfect box
+    """(n,) positional reward in [0, 1]; 0 if a box has no area or is not finite. A perfect box
     earns 1 (`center`) or 0.949 (`area`, alpha 2.5). Raises ValueError for an unknown reading or an alpha that
     is not above 0. Paper section 3.3 [2nd]; the two readings are [ours]."""
     if reading not in ("center", "area"):
@@ -83,7 +83,7 @@ def positional(
 
 # %% ../nbs/07_rewards.ipynb #97a9da84
 def parts(boxes, targets):
-    "(shared area, united area, sides of the enclosing box) of usable pairs."
+    "(area of the intersection, area of the union, sides of the enclosing box) of usable pairs."
     top_left = torch.maximum(boxes[..., :2], targets[..., :2])
     bottom_right = torch.minimum(boxes[..., 2:], targets[..., 2:])
     shared = (bottom_right - top_left).clamp(min=0).prod(-1)
@@ -92,7 +92,7 @@ def parts(boxes, targets):
     return shared, areas[0] + areas[1] - shared, around
 
 def apart(boxes, targets):
-    "Squared distance of the centres."
+    "Squared distance between the centres."
     return ((boxes[..., :2] + boxes[..., 2:] - targets[..., :2] - targets[..., 2:]) ** 2).sum(-1) / 4
 
 def ious(
@@ -119,15 +119,15 @@ def closeness(
     boxes: torch.Tensor, targets: torch.Tensor,
     diagonal,  # of the image, in the unit of the boxes: a number or (n,)
 ) -> torch.Tensor:
-    """(n,) 1 minus the distance of the centres over the diagonal, in [0, 1]; 0 for unusable pairs and for
-    distances above a diagonal. The slope at distance 0 is taken as 0."""
+    """(n,) 1 minus the distance between the centres divided by the diagonal, in [0, 1]; 0 for unusable pairs
+    and for distances longer than the diagonal. The slope at distance 0 is taken as 0."""
     usable, boxes, targets = paired(boxes, targets)
     squared = apart(boxes, targets)
     distance = torch.where(squared > 0, squared.clamp(min=1e-24).sqrt(), 0.0)
     return torch.where(usable, (1 - distance / diagonal).clamp(min=0), 0.0)
 
 def box_rewards(
-    alpha: float = 2.5,  # of the two positional ones
+    alpha: float = 2.5,  # of the two positional rewards
 ) -> dict:
     """Name -> f(boxes (n, 4), targets (n, 4), diagonal of the image) -> (n,) rewards, differentiable except
     `binary`. `center` and `area` are the two readings of the paper's reward."""
@@ -145,19 +145,19 @@ FORM = re.compile(
     r"\s*<think>[^<]*(?:<(?!/?(?:think|answer)>)[^<]*)*</think>"
     r"\s*<answer>\s*" + BOX.pattern + r"\s*</answer>\s*")
 
-parsed = lru_cache(maxsize=1024)(parse_completion)  # three rewards read each completion; it is parsed once
+parsed = lru_cache(maxsize=1024)(parse_completion)  # three rewards read a completion, which is parsed once
 
 def format_score(
     text: str,  # one completion
 ) -> float:
-    """1.0 if the whole text is <think>…</think><answer>[x1, y1, x2, y2]</answer> with some thought and a box
-    that has an area, else 0.0."""
+    """1.0 if the whole text is <think>…</think><answer>[x1, y1, x2, y2]</answer> with a non-empty
+    thought and a box that has an area, else 0.0."""
     found = parsed(text)
     return float(FORM.fullmatch(text) is not None and found.box is not None and found.thinking != "")
 
 # %% ../nbs/07_rewards.ipynb #ec8effcd
 def text_of(completion) -> str:
-    """The text of a completion: a string, or the last of a list of messages. Anything that is not text (None,
+    """The text of a completion: a string, or the last message of a list. Anything that is not text (None,
     an image) adds nothing."""
     if isinstance(completion, (list, tuple)):
         completion = completion[-1] if completion else None
@@ -168,19 +168,20 @@ def text_of(completion) -> str:
 
 @lru_cache(maxsize=1024)
 def answered(text, codec, width, height):
-    "The answered box in original pixels; NaN if there is none."
+    "The predicted box in original pixels; NaN if there is none."
     box = parsed(text).box
     return (math.nan,) * 4 if box is None else codec.decode(box, width, height)
 
 def is_row(box, width, height):
-    "Whether these are four numbers and a size above 0."
+    "Whether `box` has four finite numbers that span an area, and the size is above 0."
     try:
-        return len([float(v) for v in box]) == 4 and min(float(width), float(height)) > 0
+        x1, y1, x2, y2 = map(float, box)
+        return 0 < x2 - x1 < math.inf and 0 < y2 - y1 < math.inf and min(float(width), float(height)) > 0
     except (TypeError, ValueError):
         return False
 
 def asked(name, count, box, width, height):
-    "Indices of the rows with a true box. Raises ValueError for missing columns, invalid boxes and sizes."
+    "Indices of the rows with a true box. Raises ValueError for missing columns and invalid boxes or sizes."
     columns = (("box", box), ("width", width), ("height", height))
     missing = [column for column, values in columns if values is None]
     wanted = (f"{name} needs the columns box ([x1, y1, x2, y2]), width and height, "
@@ -201,9 +202,9 @@ REWARD_WEIGHTS = [1.0, 1.0, 0.1]  # format, IoU, beta times positional: paper se
 
 @dataclass(frozen=True)
 class BoxReward:
-    """A reward in TRL's signature, which can be pickled; None for rows without a box. It needs the columns
+    """A reward with TRL's signature, which can be pickled; None for rows without a box. It needs the columns
     box, width and height (original pixels); a column `codec`, one name for each row, overrides its own codec.
-    Raises ValueError for an unknown name and for the faults that `asked` finds."""
+    Raises ValueError for an unknown name and for the errors that `asked` finds."""
     of: str = "iou"         # a name of `box_rewards`
     codec: Codec = Codec()  # of the model in training
     alpha: float = 2.5      # of the positional reward
@@ -212,6 +213,8 @@ class BoxReward:
         known = box_rewards()
         if self.of not in known:
             raise ValueError(f"unknown reward {self.of!r}: use one of {', '.join(known)}")
+        if not isinstance(self.codec, Codec):
+            raise ValueError(f"not a codec: {self.codec!r}; use codec_of(model.config.model_type, processor)")
 
     @property
     def __name__(self):
@@ -231,19 +234,19 @@ class BoxReward:
         return values
 
 def format_reward(completions, box=None, **columns):
-    "`format_score` of each completion in TRL's signature; None for rows whose column box is empty."
+    "`format_score` of each completion, with TRL's signature; None for rows whose column box is empty."
     if box is None:
         return [format_score(text_of(c)) for c in completions]
     has_box = [true is not None and len(true) > 0 for true in box]
     return [format_score(text_of(c)) if has else None for c, has in zip(completions, has_box, strict=True)]
 
-iou_reward, positional_reward = BoxReward("iou"), BoxReward("center")  # original pixels, or a column `codec`
+iou_reward, positional_reward = BoxReward("iou"), BoxReward("center")  # pixels, or a column `codec`
 
 def make_rewards(
     codec: Codec,           # of the model in training
     alpha: float = 2.5,     # of the positional reward
     third: str = "center",  # a name of `box_rewards`
 ) -> list:
-    """[format_reward, iou_reward, third one]; the last is called `positional_reward`, or `giou_reward` and so
+    """[format_reward, iou_reward, the third]; the last is called `positional_reward`, or `giou_reward` and so
     on. Raises ValueError for an unknown `third`."""
     return [format_reward, BoxReward("iou", codec), BoxReward(third, codec, alpha)]

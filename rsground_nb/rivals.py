@@ -23,8 +23,8 @@ def reward_table(
     alpha: float = 2.5,
     beta: float = 0.1,    # of the sum in the last row
 ) -> pd.DataFrame:
-    """One row for each of `box_rewards`, and one for iou + beta center: its value, and its slope per pixel of
-    moving right, down, getting wider, taller."""
+    """One row for each of `box_rewards`, and one for iou + beta center: its value, and its slope per pixel
+    when the box moves right, moves down, gets wider or gets taller."""
     rewards = box_rewards(alpha)
     rewards["iou + beta center"] = lambda *given: rewards["iou"](*given) + beta * rewards["center"](*given)
     box, target = (torch.tensor(b, dtype=torch.float64) for b in (box, target))
@@ -42,7 +42,7 @@ def reward_table(
 def range_slider(
     lo, hi, most, name: str,  # pixels
 ):
-    "A slider with two ends; wide enough that the bar of a small box can be grabbed."
+    "A slider with two handles, wide enough to grab the bar of a small box."
     import ipywidgets as widgets
 
     return widgets.IntRangeSlider(value=(round(lo), round(hi)), min=0, max=most, description=name,
@@ -53,7 +53,7 @@ def box_explorer(
     target,  # (x1, y1, x2, y2), pixels of `image`
 ):
     """A widget: two range sliders move the orange box over the picture, two more set alpha and beta, and
-    `reward_table` is shown beside it."""
+    `reward_table` is shown beside the picture."""
     import ipywidgets as widgets
 
     look = dict(layout=dict(width="410px"), style=dict(description_width="50px"))

@@ -36,15 +36,15 @@ def places(
 
 # %% ../nbs/deeper/rollouts.ipynb #38cd509b
 class SharedPrompts:
-    """Which tokens see which in a line without padding: first all prefixes, then all rollouts, with those of
-    a group next to each other. A rollout sees its group's prefix and, causally, itself."""
+    """Which tokens see which in a line without padding: first all prefixes, then all rollouts, those of a
+    group next to each other. A rollout sees its group's prefix and, causally, itself."""
 
     def __init__(
         self,
         prefixes,         # (groups,) numbers of tokens
         rollouts,         # (groups * num_generations,) numbers of tokens
         num_generations,
-        rows_at_once=32,  # this many rollouts of similar length form a block
+        rows_at_once=32,  # rollouts of similar length in a block
     ):
         groups, lengths = len(prefixes), torch.cat([prefixes, rollouts])
         first, self.blocks = lengths.cumsum(0) - lengths, []
@@ -97,7 +97,7 @@ def unwrapped(
     return base
 
 def answers_only(module, given, named, found):
-    "Hook: tokens before the rollouts in the line need not go through the head."
+    "Hook: the tokens before the rollouts in the line do not go through the head."
     if isinstance(named.get("shared"), SharedPrompts):
         found.last_hidden_state = found.last_hidden_state[:, -named["shared"].scored:]
     return found
@@ -127,8 +127,8 @@ def places_in_picture(
 
 # %% ../nbs/deeper/rollouts.ipynb #cc691e80
 class GrowingRollouts:
-    """Which tokens see which while rollouts are written: the first call takes the line of prompts, every
-    later one the next token of each unfinished rollout.
+    """Which tokens see which while rollouts are written: the first call takes the line of prompts, and every
+    later call the next token of each unfinished rollout.
     A prompt's keys and values are kept once per group."""
 
     def __init__(
@@ -194,14 +194,14 @@ class GrowingRollouts:
 def draw_tokens(
     chances: torch.Tensor,  # (rows, vocabulary)
 ) -> torch.Tensor:
-    """One token per row, (rows,): where the cumulative sum of chances passes a random number.
+    """One token per row, (rows,): where the cumulative sum of chances exceeds a random number.
     Raises RuntimeError, as torch.multinomial does, for a row that holds nan or inf or sums to 0."""
     running = chances.double().cumsum(-1)
     total = running[:, -1:]
     broken = (~((total > 0) & total.isfinite())).sum()
     if broken:
         raise RuntimeError(f"{int(broken)} of {len(chances)} rows of chances hold nan or inf or sum to 0: "
-                           "the logits are not finite. Lower the learning rate, avoid float16")
+                           "the logits are not finite. Lower the learning rate and avoid float16")
     return torch.searchsorted(running, torch.rand_like(total) * total, right=True)[:, 0]
 
 # %% ../nbs/deeper/rollouts.ipynb #9357666a
@@ -322,7 +322,7 @@ def keep_images(
     device,
     constant: bool = True,  # False: another tower will also see the images
 ) -> dict:
-    "The fields with their images encoded if the tower is frozen, else with their pixels; on the device."
+    "The fields, with encoded images if the tower is frozen, else with pixels, moved to the device."
     pixels, grid = (torch.as_tensor(fields[name]).to(device) for name in ("pixel_values", "image_grid_thw"))
     frozen = constant and not any(p.requires_grad for p in unwrapped(model).base_model.visual.parameters())
     if frozen: pixels = encode_images(model, pixels, grid)
@@ -330,7 +330,7 @@ def keep_images(
 
 # %% ../nbs/deeper/rollouts.ipynb #48fd5fc8
 def by_group(
-    batch: dict,  # as TRL makes it: the rows of a group in a row, images once per group
+    batch: dict,  # as TRL makes it: the rows of a group adjacent, images once per group
     num_generations: int,
 ) -> dict:
     """The batch with one entry per group, so that shuffling and splitting keep groups whole: prompts once;
@@ -342,7 +342,7 @@ def by_group(
     return {name: fold(name, x) for name, x in batch.items()}
 
 def by_rollout(
-    batch: dict,  # of by_group
+    batch: dict,  # from by_group
 ) -> dict:
     "The batch with one entry per rollout again; images stay once per group."
     num_generations = batch["completion_ids"].shape[1]
@@ -393,15 +393,15 @@ class OncePerGroup:
 SHARED = {"image": "processed and encoded once per group and step",
           "prefill": "a prompt is computed once to write its rollouts",
           "loss": "and once in each pass that scores them"}
-WRITING = ("max_new_tokens", "temperature", "do_sample", "suppress_tokens")  # settings that count
+WRITING = ("max_new_tokens", "temperature", "do_sample", "suppress_tokens")  # settings that are used
 NO_MATTER = ("pad_token_id", "bos_token_id", "use_cache", "disable_compile", "compile_config", "max_length",
-             "max_cache_len", "transformers_version", "renormalize_logits")  # what is drawn stays the same
-NEUTRAL = dict(top_k=0, min_p=0.0, min_new_tokens=0, guidance_scale=1.0)  # transformers' defaults are others
+             "max_cache_len", "transformers_version", "renormalize_logits")  # no effect on what is drawn
+NEUTRAL = dict(top_k=0, min_p=0.0, min_new_tokens=0, guidance_scale=1.0)  # transformers has other defaults
 
 def shared_parts(
     share_prompt,  # True: all, False: none, or some names of SHARED
 ) -> tuple:
-    "The names of what is shared. Raises ValueError for others."
+    "The names of the shared parts. Raises ValueError for other names."
     parts = tuple(SHARED) if share_prompt is True else tuple(share_prompt or ())
     if not set(parts) <= set(SHARED):
         raise ValueError(f"share_prompt is {share_prompt!r}: use True, False or some of {tuple(SHARED)}")
@@ -411,7 +411,7 @@ def generation_rules(
     trainer,  # a SharedPromptTrainer that writes rollouts itself
 ) -> dict:
     """The settings in WRITING as `generate` finds them: the trainer's, else the model's, else defaults.
-    Raises ValueError, naming it, for any other setting that is not neutral or not known."""
+    Raises ValueError that names any other setting that is not neutral or not known."""
     model = unwrapped(trainer.accelerator.unwrap_model(trainer.model))
     rules = model._prepare_generation_config(trainer.generation_config)[0]
     neutral = {**rules._get_default_generation_params(), **NEUTRAL, "eos_token_id": trainer.eos_token_ids}
@@ -421,7 +421,7 @@ def generation_rules(
     if rules.do_sample and not rules.temperature > 0: odd["temperature"] = rules.temperature
     if odd:
         named = ", ".join(WRITING)
-        raise ValueError(f"shared prompts write by {named} (temperature above 0), no other setting. "
+        raise ValueError(f"shared prompts use {named} (temperature above 0) and no other setting. "
                          "The arguments, generation_kwargs or the model's generation_config say "
                          f"{odd}: leave them out or {without(trainer, 'prefill')}")
     return {name: getattr(rules, name) for name in WRITING}
@@ -456,7 +456,7 @@ def write_batch(
     prompt_ids: list,  # tokens of the prompt of every rollout
     fields: dict,      # mm_token_type_ids, pixel_values, image_grid_thw; once per group
     num_generations: int,
-    rules: dict,       # of `generation_rules`
+    rules: dict,       # from `generation_rules`
     eos, device,
 ) -> list:
     "The tokens of every rollout, from prompts as TRL holds them."
@@ -503,10 +503,10 @@ def score_batch(
 
 # %% ../nbs/deeper/rollouts.ipynb #326fb375
 class SharedPromptTrainer(GRPOTrainer):
-    """TRL's GRPO with what `args.share_prompt` says (True, False, or names of SHARED) computed once per
-    group; False is TRL's own way, bit for bit. With dropout (LoRA's or the model's) the rollouts of a group
-    share one mask over their prompt in the loss; TRL draws one each.
-    Raises ValueError where sharing is not possible."""
+    """TRL's GRPO trainer, which computes the parts that `args.share_prompt` names (True, False, or names of
+    SHARED) once per group. With False it equals TRL bit for bit. With dropout (LoRA's or the model's), the
+    rollouts of a group share one mask over their prompt in the loss; TRL draws one for each.
+    Raises ValueError if sharing is not possible."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

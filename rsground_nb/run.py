@@ -38,8 +38,9 @@ ORDER = [  # every notebook in import order: a module may import only those befo
     "reference/thoughts", "reference/filters", "reference/chat", "reference/synthesis",
     "reference/safeguard", "06_sft", "07_rewards", "deeper/rivals", "deeper/bandit", "08_consistency",
     "deeper/weightings", "deeper/rollouts", "reference/guards", "09_grpo", "reference/train",
-    "reference/launch", "10_evaluate", "reference/scoring", "deeper/align", "deeper/prompts",
-    "deeper/masks", "reference/segmentation", "reference/steps", "reference/run"]
+    "reference/launch", "reference/alarms", "10_evaluate", "reference/scoring", "deeper/align",
+    "deeper/prompts", "deeper/masks", "reference/segmentation", "reference/steps",
+    "reference/studies", "reference/run"]
 COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:
@@ -153,7 +154,7 @@ def run_chapters(
     out = Path(run["out"])
     for k, name in enumerate(chapters, 1):
         if name in run["chapters"]:
-            say(f"[{k:2}/{len(chapters)}] {name}: done before")
+            say(f"[{k:2}/{len(chapters)}] {name}: already done")
             continue
         say(f"[{k:2}/{len(chapters)}] {name} …")
         began = time.time()
@@ -282,7 +283,7 @@ def write_report(
     stages, sft, grpo = (pd.read_csv(out / f) for f in ("stages.csv", "sft/log.csv", "grpo/log.csv"))
     labels = dict(reversed(labels_of(stages, run["data"]).items()))  # real pictures first
     rewards = {f"rewards/{n}_reward/mean": n for n in ("format", "iou", "positional")}
-    weights = {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "without spread of rewards"}
+    weights = {"consistency/weight_mean": "mean weight", "frac_reward_zero_std": "share with equal rewards"}
     page = fill_in(
         "report.html", run=run, labels=labels, colours=STAGES, silent=silent(grpo), setbacks=setbacks(stages),
         cards={split: gallery(folder, rows[split], split) for split in labels}, shipped=list(SHIPPED),
@@ -311,8 +312,8 @@ def cot_options(cot):
     cot.add_argument("--scale", default="smoke",
                      help="sets the number of drawn scenes and the student: smoke (default), workshop or gpu")
     cot.add_argument("--seed", type=int, default=0,
-                     help="seed for drawn scenes, for phrasings or the chat teacher's"
-                     " sampling, and for the samples on the page; default 0")
+                     help="seed for drawn scenes, for the chat teacher's sampling,"
+                     " and for the samples on the page; default 0")
     cot.add_argument("--limit", type=int, help="use only this many rows, from the first")
     cot.add_argument(
         "--student", help='the model that will learn from the chains: "tiny", a model folder, a hub name,'
@@ -418,6 +419,9 @@ def parser():
     for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")):
         train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...];"
                          f" rsground train {stage} --help lists all names")
+    log = train.add_parser("doctor", help="say why a GRPO run does not learn; exit code 0: no alarm, "
+                           "1: alarms, 2: not a log")
+    log.add_argument("log", help="trainer_state.json, CSV or JSON lines of any run of TRL's GRPO")
     data_options(commands.add_parser("data", help="check, split or make a dataset"))
     return main
 
@@ -501,8 +505,8 @@ def run_to_resume(args):
 
 # %% ../nbs/reference/run.ipynb #e5f63d51
 def listen_for_ctrl_c():
-    """(pressed, restore): a list that is no longer empty after Ctrl-C, which also ends all child processes; a
-    function that restores the old handler."""
+    """(pressed, restore): a list that is no longer empty after Ctrl-C, and a function that restores the old
+    handler. Ctrl-C also kills all child processes."""
     import psutil
 
     pressed = []
@@ -649,12 +653,14 @@ def spoken(found):
 
 def model_to_ask(name):
     "(model, processor, template) of `--model`. Raises ValueError if it cannot be read."
+    import torch
     from rsground_nb.loading import SHIPPED
     from rsground_nb.model import DIRECT, REASON, load_vlm
     try: model, processor = load_vlm(name, None)
     except OSError:
         raise ValueError(f"the model {name!r} cannot be read here: use {', '.join(SHIPPED)}, a folder, "
                          "or a hub name") from None
+    if torch.cuda.is_available(): model.to("cuda")
     return model, processor, DIRECT if name == "tiny" else REASON  # the base has never been shown thoughts
 
 def predict_command(args):
@@ -813,6 +819,9 @@ def command(words: list) -> int:
     if args.command == "evaluate": return evaluate_command(args)
     if args.command == "predict": return predict_command(args)
     if args.command == "cot": return cot_command(args)
+    if args.command == "train":
+        from rsground_nb.alarms import train_doctor
+        return train_doctor(args.log)
     if args.task == "split": return split_command(args)
     if args.task == "refer": return refer_command(args)
     from rsground_nb.doctor import doctor

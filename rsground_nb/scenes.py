@@ -23,15 +23,15 @@ from .shapes import encode_mask
 # %% ../nbs/02_scenes.ipynb #5cbb2d99
 @dataclass(eq=False)
 class Thing:
-    """One object of a scene; everything in pixels of the scene.
-    Box, centre, area and oriented box are those of the whole outline, even if part of it is hidden."""
+    """One object of a scene; all lengths are in pixels of the scene.
+    Box, centre, area and oriented box describe the whole outline, even if part of it is hidden."""
     category: str
     colour: str
     outline: np.ndarray    # (n, 2) points
     at: tuple = (0, 0)     # position of the outline's origin
     length: float = 0.0    # 0: no details are drawn
     angle: float = 0.0     # radians, clockwise on the screen
-    visible: float = 1.0   # share of its pixels that nothing hides
+    visible: float = 1.0   # share of its pixels that are not hidden
     pixels: float = np.inf # number of visible pixels; infinite: not counted yet
 
     @cached_property
@@ -66,7 +66,7 @@ def place(
     centre, length: float,  # pixels
     angle: float = 0.0,     # radians, clockwise on the screen
 ) -> Thing:
-    "An object of a category at a place."
+    "An object of the given category at the given place."
     outline = np.array(SHAPES[category]) * length @ turn(angle) + np.array(centre)
     return Thing(category, colour, outline, tuple(centre), length, angle)
 
@@ -87,16 +87,16 @@ def clear_boxes(
     return kept
 
 # %% ../nbs/02_scenes.ipynb #4ec995dc
-SURE, ENOUGH = 0.6, 9  # visible share and visible pixels from which an object is certainly seen
+SURE, ENOUGH = 0.6, 9  # an object with a smaller visible share or fewer visible pixels is doubtful
 
 @dataclass
 class Scene:
-    "Objects on a ground. `side` in pixels."
+    "Objects on a ground; `side` is in pixels."
     side: int
     ground: str
     things: list
     style: str | Style = "simple"
-    covers: tuple = ()       # (kind, outline) of what hides parts of objects: "tree" or "cloud"
+    covers: tuple = ()       # (kind, outline) of what hides objects; the kind is "tree" or "cloud"
     sun: float = 0.785       # direction in which shadows fall, radians clockwise from +x
     grey: bool = False       # panchromatic
 
@@ -107,10 +107,10 @@ class Scene:
 
 def label_map(
     scene: Scene,
-    covers: bool = True,  # False: as if there were none
+    covers: bool = True,  # False: ignore them
 ) -> np.ndarray:
-    """(side, side) whole numbers: k for the k-th object, counted from 1; 0 for the ground and for covers.
-    A pixel belongs to the object that covers its middle."""
+    """(side, side) integers: k for the k-th object, counted from 1; 0 for the ground and for covers.
+    A pixel belongs to the object that covers its centre."""
     canvas = Image.new("L" if len(scene.things) < 256 else "I", (FINE * scene.side,) * 2)
     pen = ImageDraw.Draw(canvas)
     for k, t in enumerate(scene.things, 1): pen.polygon(fine(t.outline), fill=k, outline=k)
@@ -122,7 +122,7 @@ def masks(scene: Scene) -> np.ndarray:
     return label_map(scene) == np.arange(1, len(scene.things) + 1)[:, None, None]
 
 def set_visible(scene):
-    "Set `pixels` (visible) and `visible` (their share of all pixels, 0 if there are none) of each object."
+    "Sets each object's `pixels` (the visible ones) and `visible` (their share of all its pixels, or 0)."
     def counts(labels): return np.bincount(labels.ravel(), minlength=len(scene.things) + 1)[1:]
     whole = counts(label_map(scene, covers=False))
     seen = counts(label_map(scene)) if scene.covers else whole
@@ -133,12 +133,12 @@ def set_visible(scene):
 ROUND = ("tank", "storage tank")  # a disc has no direction
 
 def fill_scene(rng, style, side, wanted, colours):
-    "Up to `wanted` objects whose boxes do not touch: all proposals of three rounds that fit."
+    "Up to `wanted` objects whose boxes do not touch: the proposals of three rounds that fit."
     few, many = style.kinds
     categories = rng.permutation(style.categories)[:rng.integers(few, many + 1)].tolist()
     least, most = style.sizes
-    sizes = (least, max(least, min(most, 1.3 / wanted ** 0.5)))  # more objects are smaller
-    in_a_row = style.crowded and rng.random() < 0.5  # parked side by side, all in one direction
+    sizes = (least, max(least, min(most, 1.3 / wanted ** 0.5)))  # the more objects, the smaller
+    in_a_row = style.crowded and rng.random() < 0.5  # parked side by side, all facing the same way
     row = rng.uniform(0, 2 * np.pi) if in_a_row else None
     discs = [k for k, c in enumerate(categories) if c in ROUND]
     things, boxes = [], np.zeros((0, 4))
@@ -163,7 +163,7 @@ def fill_scene(rng, style, side, wanted, colours):
 def make_scene(
     rng: np.random.Generator,
     side: int = 112,                                  # pixels
-    fewest: int | None = None, most: int | None = None,  # objects; None: as the style says
+    fewest: int | None = None, most: int | None = None,  # objects; None: set by the style
     style: str | Style = "simple",                    # simple, aerial, other, or one of your own
 ) -> Scene:
     """A random scene of `fewest` to `most` objects whose boxes do not touch.
@@ -188,7 +188,7 @@ def make_scene(
 
 # %% ../nbs/02_scenes.ipynb #849f930b
 def get_rules(style, rules):
-    "The names asked for, or those of the style. Raises ValueError for an unknown name."
+    "The requested rules, or those of the style. Raises ValueError for an unknown rule."
     rules = get_style(style).rules if rules is None else tuple(rules)
     for name in rules:
         if name not in RULES: raise ValueError(f"unknown rule {name!r}: use some of {', '.join(RULES)}")
@@ -198,22 +198,22 @@ def expressions(
     scene: Scene,
     rules=None,  # names of RULES; None: those of the scene's style
 ) -> list:
-    "All provable (expression, object, rule) of a scene."
+    "All (expression, object, rule) that are provable in a scene."
     return sentences(scene, get_rules(scene.style, rules))
 
 SENTENCE = pattern(tuple(SHAPES))
 
 # %% ../nbs/02_scenes.ipynb #37af14ed
 def scene_records(
-    count: int,           # rows wanted; one scene each
+    count: int,           # number of rows; one scene per row
     seed: int,            # the same seed and split give the same rows
     side: int = 112,      # pixels
     split: str = "train",
     rules=None,           # names of RULES; None: those of the style, or all if `hops` is given
     style: str = "simple",
-    hops=None,            # numbers of steps, in turn: (1, 2, 3) gives a third of each; None: any
+    hops=None,            # numbers of steps, used in turn: (1, 2, 3) gives a third of each; None: any
 ):
-    "Yield `count` records (chapter 3), one scene each. Raises ValueError if 1,000 scenes give no expression."
+    "Yields `count` records (chapter 3), one per scene. Raises ValueError if 1,000 scenes give no expression."
     if count != int(count) or count < 0: raise ValueError(f"cannot make {count} rows")
     rng, silent, made = np.random.default_rng([seed, *split.encode()]), 0, 0
     rules = get_rules(style, ALL_RULES if hops and rules is None else rules)
@@ -225,10 +225,10 @@ def scene_records(
         if silent == 1000:
             asked = f" and {hops[made % len(hops)]} hops" if hops else ""
             raise ValueError(f"no expression in 1000 scenes of {side} px, style {style!r}{asked}: "
-                             f"take larger scenes or other rules than {', '.join(rules)}")
+                             f"use larger scenes or rules other than {', '.join(rules)}")
 
 def scene_record(scene, picked, rng, name, split):
-    "The record of a scene and what `choose` picked; `name` is its id."
+    "The record of a scene and of what `choose` picked in it; `name` is its id."
     text, thing, rule = picked
     seen = label_map(scene) == next(k for k, t in enumerate(scene.things, 1) if t is thing)
     objects = [dict(category=t.category, colour=t.colour, box=list(t.box)) for t in scene.things if t.pixels]

@@ -14,10 +14,10 @@ from pycocotools import mask as coco_mask
 
 # %% ../nbs/deeper/shapes.ipynb #50afe87d
 def turned_box(
-    box,           # (x1, y1, x2, y2) before the turn, pixels
+    box,           # (x1, y1, x2, y2) before the rotation, pixels
     angle: float,  # degrees, either direction
 ) -> tuple:
-    "The horizontal box around a box that was turned about its centre."
+    "The horizontal box around a box that is rotated about its centre."
     c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
     w, h, x, y = box[2] - box[0], box[3] - box[1], box[0] + box[2], box[1] + box[3]
     wide, tall = w * c + h * s, w * s + h * c
@@ -42,7 +42,7 @@ def run_lengths(
     counts: str,  # of `encode_mask`
 ) -> list:
     """How many pixels are off, on, off, ... A letter holds five bits, lowest first. From the fourth number
-    on, the text holds the difference from the number two places before. Raises ValueError."""
+    on, the text holds the difference from the number two places before. Raises ValueError for other text."""
     runs, value, shift = [], 0, 0
     for letter in counts:
         bits = ord(letter) - 48

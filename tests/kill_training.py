@@ -93,7 +93,7 @@ class Start:
     def words(self): return self.file.read_text()
 
     def resumed_from(self):
-        found = re.search(r"goes on after step (\d+)", self.words())
+        found = re.search(r"continues after step (\d+)", self.words())
         return int(found[1]) if found else 0
 
 

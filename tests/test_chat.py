@@ -274,7 +274,7 @@ def test_the_timeout_is_for_the_whole_reply(faulty, tmp_path, fault):
 
 @pytest.mark.parametrize("fault, said", [
     ("endless", f"longer than {MOST_BYTES} bytes"), ("bomb", f"longer than {MOST_BYTES} bytes"),
-    ("packed=br", "packed as 'br', unasked"), ("packed=gzip, gzip", "packed as 'gzip, gzip'"),
+    ("packed=br", "packed as 'br', which was not requested"), ("packed=gzip, gzip", "packed as 'gzip, gzip'"),
     ("deep", "not JSON: [[["), ("at=choices.0.message.content:" + "[" * 900 + "]" * 900, "not a text"),
     ("raw=" + '{"error":' * 900 + "1" + "}" * 900, "an error"), ("raw=" + "9" * 5000, "not JSON")])
 def test_a_reply_is_bounded_in_bytes_and_in_depth(faulty, tmp_path, fault, said):
@@ -366,7 +366,7 @@ def test_a_finished_folder_needs_no_server(faulty, tmp_path):
 def test_a_server_that_dies_is_given_up_and_the_next_run_goes_on(faulty, tmp_path):
     s = faulty("ok", "always:close")
     with pytest.warns(UserWarning,
-                      match="rows were not asked: . rows in a row got no answer.*run it again") as told:
+                      match="rows were not asked: . consecutive rows got no answer.*run it again") as told:
         drafts = draw(s.server(max_retries=0, workers=2, max_failures=3), tmp_path, 12)
     failed = [d for d in drafts if d.trouble.startswith("no connection")]
     assert (3 <= len(failed) <= 5 and cost_table(drafts).iloc[0][["asked", "failed", "not_asked"]].tolist()

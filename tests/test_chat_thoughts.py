@@ -86,7 +86,7 @@ def test_the_prompt_shows_what_is_known_in_original_pixels():
 
 
 @pytest.mark.parametrize("reply, field", [
-    ("I cannot see it.", "no whole JSON object, but begins 'I cannot"), ("[]", "no whole JSON"),
+    ("I cannot see it.", "no complete JSON object; it begins 'I cannot"), ("[]", "no complete JSON"),
     (json.dumps(GOOD)[:-9], "target"), ('{"reasoning": "a", "box": [100, 50, 140, 70]}', "target: "),
     (spoilt(["why"], "x"), "why: "), (spoilt(["target", "note"], "x"), "target.note: "),
     (spoilt(["steps", 0, "candidates", 1, "score"], 1), "steps[0].candidates[1].score: "),
@@ -105,7 +105,7 @@ def test_the_prompt_shows_what_is_known_in_original_pixels():
     (spoilt(["steps", 0, "candidates", 0, "colour"], "red [1, 2]"), "steps[0].candidates[0].colour: "),
     (spoilt(["target", "attributes"], [""]), "target.attributes[0]: "),
     (spoilt(["cues", 0, "words"], "x" * 81), "cues[0].words: "), (spoilt(["cues"], {}), "cues: "),
-    ('{"target": ' + "[" * 5000, "no whole JSON"), ('{"target": ' + "[" * 400 + "]" * 400 + "}", "")])
+    ('{"target": ' + "[" * 5000, "no complete JSON"), ('{"target": ' + "[" * 400 + "]" * 400 + "}", "")])
 def test_a_reply_that_is_no_thought_names_its_field(reply, field):
     with pytest.raises(ValueError) as caught: read_thought(reply, ROW, CODEC)
     assert field in str(caught.value) and len(str(caught.value)) < 300

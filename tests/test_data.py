@@ -110,7 +110,7 @@ def test_rows_that_repeat_each_other_are_named(shared):
         assert (f"rsvg_hr_test.txt, line {line}: row repeats rsvg_hr_train.txt, line "
                 f"{other} (train and test)" in said)
     assert ("rsvg_hr_test.txt, line 434: same image and box as rsvg_hr_train.txt, line 1638 (train and "
-            "test), another text" in said)
+            "test), different text" in said)
     assert "test: 46 images are in train and test (47 rows of test)" in said and len(said) == 5
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import SHARED
 from rsground_nb.folders import FEATURES, write_jsonl
-from rsground_nb.doctor import doctor, examine
+from rsground_nb.doctor import check_image, doctor, examine
 from rsground_nb.files import read_rows
 from rsground_nb.run import main
 
@@ -194,9 +194,6 @@ def test_a_written_split_can_be_used_like_a_folder(shared, tmp_path, capsys):
 
 
 def test_a_jpeg_with_a_second_picture_is_a_jpeg(tmp_path):
-    from PIL import Image
-    from rsground_nb.doctor import check_image
-
     pictures = [Image.new("RGB", (64, 48), colour) for colour in ("grey", "white")]
     pictures[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=pictures[1:])
     with Image.open(tmp_path / "a.jpg") as opened: assert opened.format == "MPO"

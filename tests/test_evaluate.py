@@ -494,7 +494,7 @@ def test_harmless_forms_of_a_file_score_the_same(tmp_path, content):
     ('{"expression_id": "a", "predicted": [1, 2, 3, 1e400]}', "predicted is not four"),
     ('{"expression_id": "a", "predicted": [1, 2, 3, 1' + "0" * 400 + "]}", "predicted is not four"),
     ('{"expression_id": "a", "predicted": [1, 2, 3, 1' + "0" * 5000 + "]}", "digits"),
-    ('{"expression_id": "a", "predicted": null, "predicted": [1, 2, 3, 4]}', "same key comes twice"),
+    ('{"expression_id": "a", "predicted": null, "predicted": [1, 2, 3, 4]}', "same key occurs twice"),
     ('{"expression_id": "a", "predicted": null, "box": [0, 0, 10]}', "box is not four"),
     ('{"expression_id": "a", "predicted": null, "box": [0, 0, 10, 11]}',
      "box is .* in the data .* made for other data"),
@@ -675,7 +675,7 @@ def test_predictions_in_another_frame_are_said_and_read_with_its_name(tmp_path, 
         scored(frames["pixel"][::-1])  # wrong everywhere, in pixels: nothing to say
     for name in ("shares", "percent", "thousandths", "xywh"):
         with pytest.warns(UserWarning, match="look like .*not like pixels: mean IoU 0.* as pixels, "
-                          f"{right.meanIoU * 30 / 29:.3f} so; .*--frame {name}"):
+                          f"{right.meanIoU * 30 / 29:.3f} in that frame; .*--frame {name}"):
             assert scored(frames[name]).meanIoU < right.meanIoU / 2
 
 

@@ -269,9 +269,9 @@ REFUSED = {
     "nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "is broken or not a safetensors file"),
     "weights missing": (lambda f: weights(f, lambda found: [found.pop(name) for name in list(found)[1:6]],
                                           format="pt"),
-                        r"\d weights of a qwen3_vl model are not in the files"),
+                        r"\d weights of a qwen3_vl model are missing from the files"),
     "other shape": (lambda f: weights(f, lambda found: found.update({next(iter(found)): torch.zeros(3, 5)}),
-                                      format="pt"), "have a different shape than its config.json says")}
+                                      format="pt"), "do not have the shapes that its config.json gives")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

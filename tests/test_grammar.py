@@ -244,7 +244,7 @@ def test_regions_are_mirror_images_and_far_is_farther():
 def test_slack_widens_and_an_unknown_position_is_named():
     assert not in_region("left", (43, 0, 43, 9), 100, 100) and in_region("left", (43, 0, 43, 9), 100, 100,
                                                                          slack=0.05)
-    with pytest.raises(ValueError, match="unknown position 'uphill': use some of upper left"):
+    with pytest.raises(ValueError, match="unknown position 'uphill': use one of upper left"):
         in_region("uphill", (0, 0, 1, 1), 2, 2)
 
 

@@ -64,7 +64,7 @@ def test_the_figures_in_a_ready_file_are_the_plan(path):
     if "qwen" not in path.stem: assert "GiB" not in path.read_text()
     elif path.stem == "qwen_24gb_grpo":
         line = plan_line(plan(Qwen2_5_VLConfig(**QWEN_3B), *parsed(path)))
-        assert f"# GiB a card: {line}\n" in path.read_text(), (
+        assert f"# GiB per GPU: {line}\n" in path.read_text(), (
             "write the comment anew, or find out why the plan changed")
 
 
@@ -91,7 +91,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
 @pytest.mark.parametrize("words, message", [
     ("grpo --config no/such.yaml", "no/such.yaml"),
     ("grpo --config tiny_grpo.yaml --lerning_rate 1",
-     "unknown setting --lerning_rate: do you mean --learning_rate?"),
+     "unknown setting --lerning_rate: did you mean --learning_rate?"),
     ("grpo --config tiny_grpo.yaml --max_pixels 3", "max_pixels 3: at least 3136"),
     ("sft --config tiny_sft.yaml --scale smokey", "unknown scale 'smokey'"),
     ("sft --config tiny_sft.yaml --scenes_seed -1", "scenes_seed -1"),
@@ -102,7 +102,7 @@ def test_a_launcher_file_is_read_by_accelerate(path):
     ("sft --dataset_name scenes", "--max_pixels"),
     ("sft --config tiny_sft.yaml --use_cpu false --bf16 true", "use_cpu"),
     ("sft --config tiny_sft.yaml --chains no/chains", "no/chains is not a finished folder of chains"),
-    ("sft --config tiny_sft.yaml --resume_from_checkpoint true", "holds no whole checkpoint"),
+    ("sft --config tiny_sft.yaml --resume_from_checkpoint true", "holds no complete checkpoint"),
     ("sft --config tiny_sft.yaml --split prod", "no split 'prod': use one of train, val, test"),
     ("sft --config tiny_sft.yaml --data no/such/folder", "no/such/folder is not a folder"),
     ("grpo --config tiny_grpo.yaml", "model_name_or_path runs/tiny-sft/model: no folder with a model here"),

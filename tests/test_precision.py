@@ -51,11 +51,11 @@ def test_weights_of_32_bits_move_and_of_16_bits_would_hardly(tmp_path, monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_are_refused_by_name_unless_lora_moves(tmp_path, dtype):
-    with pytest.raises(ValueError, match=r"weights that training moves have 16 bit "
+    with pytest.raises(ValueError, match=r"weights are trained in 16 bits "
                        r"\(model.language_model.*dtype float32"):
         trainer_for(tmp_path, dtype)
     model, processor = load_vlm("tiny", dtype=dtype)
-    with pytest.raises(ValueError, match="weights that training moves have 16 bit"):
+    with pytest.raises(ValueError, match="weights are trained in 16 bits"):
         grpo_trainer(model, processor, grpo_rows(ROWS), codec_of("qwen3_vl", processor), SIZE, 0, tmp_path,
                      share_prompt=False)
     lora = trainer_for(tmp_path, dtype, replace(SIZE, lora_rank=4)).model

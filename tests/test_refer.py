@@ -292,7 +292,7 @@ def test_the_command_tells_counts_and_hashes(fleet, tmp_path, capsys):
             == 0)
     said = capsys.readouterr().out
     assert (split_hash(load_folder(tmp_path / "out")[0]["train"]) in said
-            and "window with less than two sure objects" in said)
+            and "window with fewer than two sure objects" in said)
     page = (tmp_path / "out" / "audit.html").read_text()
     assert page.count("<svg") == 3
 

@@ -143,6 +143,11 @@ def test_an_unknown_third_reward_is_refused():
         make_rewards(Codec(), third="middle")
 
 
+def test_a_name_in_place_of_a_codec_is_refused():
+    with pytest.raises(ValueError, match="not a codec: 'qwen2_5_vl'; use codec_of"):
+        make_rewards("qwen2_5_vl")
+
+
 def test_the_slopes_of_the_table_are_those_of_small_steps():
     box, target, step = (44.0, 41, 66, 60), (40.0, 40, 60, 60), 1e-4
     table = reward_table(box, target, (200, 100), alpha=2, beta=0.3)
@@ -280,7 +285,9 @@ def test_missing_columns_are_named(columns, missing):
 @pytest.mark.parametrize("columns",
                          [dict(box=[[40, 40, 60]]), dict(box=[[[40, 40, 60, 60], [1, 1, 2, 2]]]),
                           dict(box=["40, 40, 60, 60"]), dict(box=[[40, 40, 60, "x"]]), dict(width=[None]),
-                          dict(height=[0]), dict(width=["wide"]), dict(box=[[40, None, 60, 60]])])
+                          dict(height=[0]), dict(width=["wide"]), dict(box=[[40, None, 60, 60]]),
+                          dict(box=[[60, 40, 40, 60]]), dict(box=[[40, 40, 60, 40]]),
+                          dict(box=[[math.nan, 40, 60, 60]]), dict(box=[[40, 40, math.inf, 60]])])
 def test_a_row_that_is_no_box_is_named(columns):
     with pytest.raises(ValueError, match="row 1 of the batch has box"):
         iou_reward([RIGHT] * 2, **{n: values + columns.get(n, values) for n, values in ROW.items()})

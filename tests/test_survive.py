@@ -141,7 +141,7 @@ def stop_at(step, what, monkeypatch):
 def resumes_to_the_same(stage, folder, whole, capsys, step):
     capsys.readouterr()
     train(stage, folder)
-    assert f"{stage}: goes on after step {step} of" in capsys.readouterr().out
+    assert f"{stage}: continues after step {step} of" in capsys.readouterr().out
     assert differences(whole / stage, folder) == (True, [])
 
 

@@ -288,14 +288,14 @@ def test_a_parameter_without_gradient_is_named():
 def test_a_prompt_that_does_not_fit_the_model_is_refused_before_training():
     def merging(model, processor): processor.image_processor.merge_size = 2
     def blind(model, processor): model.config.image_token_id += 1
-    for wrong, says in ((merging, r"has \d+ image tokens \(id \d+\), its picture makes \d+ features"),
+    for wrong, says in ((merging, r"has \d+ image tokens \(id \d+\), but its picture has \d+ features"),
                         (blind, "has 0 image tokens")):
         with pytest.raises(ValueError, match=says): told(prepare=wrong)
 
 
 def test_rewards_without_iou_are_refused_before_training():
     def other_reward(completions, **columns): return [0.0] * len(completions)
-    with pytest.raises(ValueError, match="named iou_reward; there are other_reward"):
+    with pytest.raises(ValueError, match="named iou_reward; the given ones are other_reward"):
         told(rewards=[other_reward])
     assert told(rewards=[other_reward], consistency=False).reward_func_names == ["other_reward"]
 

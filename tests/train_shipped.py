@@ -6,11 +6,11 @@
     rsground data refer TURNED/3 REAL/3 --window 140 180 225 290 360 --seed 3
     rsground data refer TURNED/4 REAL/4 --window 150 200 256 320 --seed 4
     python tests/train_shipped.py sft REAL OUT
-        from the base: three parts, the last one with the mirrored pictures
+        from the base: four parts; the last two with mirrored pictures, the last one with the vision tower
     python tests/train_shipped.py ask REAL OUT
         the questions for GRPO: those that four rollouts answer differently
     python tests/train_shipped.py grpo REAL OUT SEED
-        from OUT/sft: questions with boxes only, on two processes
+        from OUT/sft: questions with boxes only
     python tests/train_shipped.py more REAL OUT SEED STEPS   its control: as many minutes of more CoT-SFT
     python tests/train_shipped.py judge REAL OUT       Acc@0.5 of every stage on the test questions
     python tests/train_shipped.py show REAL OUT        the README's picture: answers to questions drawn by lot
@@ -22,7 +22,6 @@ stand in the cards of the models.
 """
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -40,7 +39,6 @@ from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.evaluate import interval, predict
 from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm, to_prompt
-from rsground_nb.safeguard import on_processes
 from rsground_nb.scale import get_scale, start
 from rsground_nb.refer import load_real_samples
 from rsground_nb.scenes import as_png, scene_records
@@ -107,8 +105,9 @@ def real(folder, split, least, chains=None):
     return rows.select(np.flatnonzero(fits))
 
 
-def learn_chains(model, processor, rows, steps, rate, seed, out):
-    """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out."""
+def learn_chains(model, processor, rows, steps, rate, seed, out, tower=False):
+    """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out. `tower`: the
+    vision tower learns, too."""
     drafts = rule_drafts(rows, codec_of(model.config.model_type, processor))
     chains = rows.select_columns(["image"]).add_column("prompt", [to_prompt(e) for e in rows["expression"]])
     chains = chains.add_column("completion",
@@ -118,6 +117,7 @@ def learn_chains(model, processor, rows, steps, rate, seed, out):
                             and len(processor.tokenizer(d.completion).input_ids) <= 150])
     size = replace(WORKSHOP, sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
     trainer = sft_trainer(model, processor, chains, size, seed, out, disable_tqdm=True)
+    trainer.model.model.visual.requires_grad_(tower)
     trainer.train()
     return pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
 
@@ -127,13 +127,15 @@ def train_sft(folder, out):
     began, (model, processor), scenes = time.time(), load_vlm("tiny"), drawn(12288, 0, "train", False)
     least = {k: [real(folder / "0", "train", k, True)] for k in (0.09, 0.14)}
     turned = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in MIRRORS]
-    parts = [([scenes, *least[0.09]], 3000, 2e-3, 0), ([scenes, *least[0.14] * 4], 2000, 1.5e-3, 1),
-             ([drawn(6000, 0, "train", False), *least[0.14], *turned], 1500, 1e-3, 0)]
+    mixed = [drawn(6000, 0, "train", False), *least[0.14], *turned]
+    parts = [([scenes, *least[0.09]], 3000, 2e-3, 0, False),
+             ([scenes, *least[0.14] * 4], 2000, 1.5e-3, 1, False),
+             (mixed, 1500, 1e-3, 0, False), (mixed, 1500, 1e-3, 7, True)]
     logs = []
-    for rows, steps, rate, seed in parts:
+    for rows, steps, rate, seed, tower in parts:
         start(seed)
         logs.append(learn_chains(model, processor, concatenate_datasets(rows), steps, rate, seed,
-                                 out / "trainer"))
+                                 out / "trainer", tower))
     save(model, processor, out / "sft", pd.concat(logs), began)
 
 
@@ -144,7 +146,7 @@ def candidates(folder):
                                            for k in ("0", *MIRRORS)]])
 
 
-def ask(folder, out, count=3000):
+def ask(folder, out, count=6072):
     """Write OUT/asked.json: of `count` questions drawn by lot, those where the IoUs of four
     rollouts lie 0.4 apart or more."""
     start(0)
@@ -165,8 +167,8 @@ def ask(folder, out, count=3000):
     (out / "asked.json").write_text(json.dumps(kept))
 
 
-def train_grpo(folder, out, seed, steps=60):
-    """Every process of two calls it."""
+def train_grpo(folder, out, seed, steps=68):
+    "Once through the questions."
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     asked = candidates(folder).select(json.loads((out / "asked.json").read_text()))
@@ -175,8 +177,7 @@ def train_grpo(folder, out, seed, steps=60):
                            out / f"trainer-{seed}", disable_tqdm=True)
     trainer.train()
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])
-    if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), processor, out / f"grpo-{seed}", log, began)
+    save(trainer.model, processor, out / f"grpo-{seed}", log, began)
 
 
 def save(model, processor, folder, log, began):
@@ -186,15 +187,14 @@ def save(model, processor, folder, log, began):
 
 
 def more_sft(folder, out, seed, steps):
-    """The control of GRPO: as many minutes of more CoT-SFT, on the rows of its last part.
-    Every process of two calls it."""
+    "The control of GRPO: as many minutes of more CoT-SFT as in its last part."
     start(seed)
     began, (model, processor) = time.time(), load_vlm(str(out / "sft"))
     scenes = drawn(6000, 0, "train", False)
     parts = [real(folder / k, "train", 0.14, True).cast(scenes.features) for k in ("0", *MIRRORS)]
     log = learn_chains(model, processor, concatenate_datasets([scenes, *parts]), steps, 1e-3, 100 + seed,
-                       out / f"trainer-more-{seed}")
-    if int(os.environ.get("RANK", 0)) == 0: save(model, processor, out / f"more-{seed}", log, began)
+                       out / f"trainer-more-{seed}", tower=True)
+    save(model, processor, out / f"more-{seed}", log, began)
 
 
 def judge(folder, out):
@@ -260,14 +260,11 @@ def show(picture):
 
 
 if __name__ == "__main__":
-    import train_shipped  # by its name: other processes cannot find what __main__ defines
-
     stage, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if stage == "turn": turn(folder, out)
     if stage == "sft": train_sft(folder, out)
     if stage == "ask": ask(folder, out)
-    if stage == "grpo": on_processes(2, train_shipped.train_grpo, folder, out, int(sys.argv[4]))
-    if stage == "more":
-        on_processes(2, train_shipped.more_sft, folder, out, int(sys.argv[4]), int(sys.argv[5]))
+    if stage == "grpo": train_grpo(folder, out, int(sys.argv[4]))
+    if stage == "more": more_sft(folder, out, int(sys.argv[4]), int(sys.argv[5]))
     if stage == "judge": judge(folder, out)
     if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")

@@ -1,0 +1,248 @@
+"""The studies of chapter 11: trainings that differ in one idea, five seeds of each.
+
+    python tests/studies.py data OUT REAL          the questions, in OUT/rows (REAL: as in train_shipped.py)
+    python tests/studies.py starts OUT             the models that GRPO starts from, in OUT/starts
+    python tests/studies.py run OUT STUDY ...      every run that OUT/runs lacks; STUDY: a name of STUDIES
+    python tests/studies.py table OUT              tests/studies.csv (a row for each run and set of questions)
+                                                   and tests/studies_effects.csv
+
+Students that answer without thoughts: a rollout has 18 tokens instead of 65, and the rewards are about boxes.
+Studies whose name begins with "thoughts" are about students that think. GRPO asks 4,096 drawn questions with
+a rival and 4,096 real ones; all have boxes only. Judged greedily on questions by which nothing was chosen:
+512 drawn ones with a rival (seed 3110), 512 of all kinds (3111), and the real test questions. Learning rates
+were chosen on val and on drawn questions of seed 2000, with IoU and format as the only rewards.
+"""
+import json
+import os
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import concatenate_datasets, load_from_disk
+
+from benchmark_thinking import completions
+from rsground_nb.boxes import completion_box
+from rsground_nb.consistency import agreement
+from rsground_nb.grpo import SpatialGRPOTrainer
+from rsground_nb.guards import WEIGHTS
+from rsground_nb.model import DIRECT, codec_of, load_vlm, to_prompt
+from rsground_nb.rewards import BoxReward
+from rsground_nb.run import commit
+from rsground_nb.scale import get_scale, start
+from rsground_nb.sft import sft_trainer
+from rsground_nb.studies import arm_ious, effect, grpo_run, judge_run, run_all, run_id
+from train_shipped import MIRRORS, drawn, learn_chains, real
+
+HERE, SEEDS = Path(__file__).resolve().parent, 5
+STARTS = {"answers-early": 300, "answers-middle": 900, "answers-late": 3000,  # steps of SFT
+          "chains-early": 400, "chains-middle": 1200}
+RATE = 3e-4
+JUDGED = ("rival", "all", "real")
+
+# what an arm changes: settings of `grpo_run`, or `extra` (below)
+R_POS, PLAIN = dict(third="center"), dict(settings=dict(consistency=False))
+GROUP = dict(size=dict(scale_rewards="group"))
+
+
+def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
+
+
+STUDIES = {  # name: (start, steps, rate, the arm that others are compared with, arms)
+    "rewards": ("answers-early", 50, RATE, "IoU", {
+        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "+ R_pos, area": dict(third="area") | PLAIN,
+        "+ GIoU": dict(third="giou") | PLAIN, "+ DIoU": dict(third="diou") | PLAIN,
+        "+ centre distance": dict(third="distance") | PLAIN,
+        "+ all-miss credit": dict(extra="credit") | PLAIN, "stepped IoU": dict(extra="stepped") | PLAIN,
+        "weight alone": weighted()}),
+    "consistency": ("answers-early", 50, RATE, "no weight", {  # with R_pos
+        "no weight": R_POS | PLAIN, "paper's weight": R_POS | weighted(),
+        "mean term": R_POS | weighted(lambda_var=0.0), "variance term": R_POS | weighted(lambda_mean=0.0),
+        "weights shuffled": R_POS | weighted(weighting="shuffled"),
+        "same mean weight": R_POS | weighted(weighting="level"),
+        "disagreement": R_POS | weighted(weighting="disagreement")}),
+    "settings of R_pos": ("answers-early", 50, RATE, "beta 0.1, alpha 2.5", {
+        "beta 0.1, alpha 2.5": R_POS | PLAIN, "beta 0.3": R_POS | dict(beta=0.3) | PLAIN,
+        "beta 1": R_POS | dict(beta=1.0) | PLAIN, "alpha 0.8": R_POS | dict(alpha=0.8) | PLAIN,
+        "alpha 8": R_POS | dict(alpha=8.0) | PLAIN}),
+    "group scaling": ("answers-early", 50, RATE, "IoU", {
+        "IoU": GROUP | PLAIN, "+ R_pos": R_POS | GROUP | PLAIN}),
+}
+
+
+def prepare(folder, out):
+    "Save the rows to learn from (CoT-SFT, GRPO) and the questions that judge."
+    def real_rows(chains, like):
+        return concatenate_datasets([real(folder / k, "train", 0.14, chains).cast(like.features)
+                                     for k in ("0", *MIRRORS)])
+
+    start(0)
+    learned, asked = drawn(12288, 0, "train", False), drawn(4096, 1, "grpo", True)
+    boxes = real_rows(False, asked).shuffle(seed=0).select(range(4096))
+    rows = {"sft": concatenate_datasets([learned, real_rows(True, learned)]),
+            "grpo": concatenate_datasets([asked, boxes]),
+            "rival": drawn(512, 3110, "test", True), "all": drawn(512, 3111, "test", False),
+            "real": real(folder / "0", "test", 0.14),
+            "tune": drawn(384, 2000, "val", True), "tune_real": real(folder / "0", "val", 0.14)}
+    for name, part in rows.items(): part.save_to_disk(out / "rows" / name)
+
+
+def learn_answers(rows, steps, seed, out):
+    "The base after SFT on the bare boxes."
+    start(seed)
+    model, processor = load_vlm("tiny")
+    said = completions(rows, codec_of(model.config.model_type, processor), DIRECT)
+    prompts = [to_prompt(e, DIRECT) for e in rows["expression"]]
+    kept = rows.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", [
+        [dict(role="assistant", content=[dict(type="text", text=s)])] for s in said])
+    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=2e-3, rows_per_pass=16)
+    sft_trainer(model, processor, kept, size, seed, out / "trainer", disable_tqdm=True).train()
+    return model, processor
+
+
+def make_starts(out):
+    "Early, middle and late models: with answers alone and with thoughts."
+    rows = load_from_disk(out / "rows" / "sft")
+    for name, steps in STARTS.items():
+        folder = out / "starts" / name
+        if folder.exists(): continue
+        if name.startswith("answers"): model, processor = learn_answers(rows, steps, 0, out)
+        else:
+            start(0)
+            model, processor = load_vlm("tiny")
+            learn_chains(model, processor, rows, steps, 2e-3, 0, out / "trainer")
+        processor.save_pretrained(folder)
+        model.save_pretrained(folder)
+
+
+class CreditTrainer(SpatialGRPOTrainer):
+    """With the all-miss credit (SCA, docs of rivals): in groups where every rollout has an IoU of 0, the
+    advantage 0.3 min(std p / 0.15, 1) z(p), where p falls with the distance of the centres."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        ious = rewards[:, self.reward_func_names.index("iou_reward")].nan_to_num(0.0)
+        self._missed = (ious.view(-1, self._group_size) == 0).all(1, keepdim=True)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        codec = codec_of(self.model.config.model_type, self.processing_class)
+        p = torch.tensor([near(t, row, codec) for t, row in zip(texts, inputs)]).view(-1, self._group_size)
+        spread = p.std(1, keepdim=True)
+        credit = 0.3 * (spread / 0.15).clamp(max=1) * (p - p.mean(1, keepdim=True)) / (spread + 1e-4)
+        batch["advantages"] += (credit * self._missed).view_as(batch["advantages"])
+        return batch
+
+
+def near(text, row, codec):
+    "exp(-distance of the centres / l), l = half the target's diagonal + 50 px; 0 without a box."
+    box, (x1, y1, x2, y2) = completion_box(text, codec, row["width"], row["height"]), row["box"]
+    if box is None: return 0.0
+    distance = np.hypot((box[0] + box[2] - x1 - x2) / 2, (box[1] + box[3] - y1 - y2) / 2)
+    return float(np.exp(-distance / (0.5 * max(np.hypot(x2 - x1, y2 - y1), 1) + 50)))
+
+
+class SteppedReward(BoxReward):
+    "1 from an IoU of 0.5, 0.8 IoU from 0.3, else 0 (RS-HyRe-R1)."
+    @property
+    def __name__(self): return "stepped_reward"
+
+    def __call__(self, completions, **columns):
+        return [None if u is None else 1.0 if u >= 0.5 else 0.8 * u if u >= 0.3 else 0.0
+                for u in super().__call__(completions, **columns)]
+
+
+def shuffled(ious, boxes, size): return (w := WEIGHTS["paper"](ious, boxes, size))[torch.randperm(len(w))]
+
+
+def level(ious, boxes, size): return (w := WEIGHTS["paper"](ious, boxes, size)).mean().expand_as(w)
+
+
+def disagreement(ious, boxes, size):
+    "As the paper's mean term, with the mean IoU between rollouts in place of that with the truth."
+    return torch.exp(1.2 * (1 - agreement(boxes.view(-1, size, 4)))).clamp(0.5, 3.0)
+
+
+WEIGHTS.update(shuffled=shuffled, level=level, disagreement=disagreement)  # placebos; and a true agreement
+
+
+def extras(run, codec):
+    if run.get("extra") != "stepped": return {}
+    return {SteppedReward("iou", codec): 1.0, BoxReward("iou", codec): 0.0}
+
+
+def work(run, folder):
+    if run["steps"] == 0:
+        model, processor = load_vlm(run["start"])
+        found = dict(ious=judge_run(model, processor, run, folder, DIRECT), log={})
+    else:
+        trainer = CreditTrainer if run.get("extra") == "credit" else SpatialGRPOTrainer
+        found = grpo_run(run, folder, trainer, extras)
+    return dict(found, commit=commit(), versions={p: version(p) for p in ("torch", "transformers", "trl")})
+
+
+def runs_of(study):
+    "(arm, run) of a study, all arms of a seed before the next seed. `start` is the model before GRPO."
+    first, steps, rate, _, arms = STUDIES[study]
+    same = dict(start=f"starts/{first}", asked="rows/grpo", judged={name: f"rows/{name}" for name in JUDGED})
+    found = [("start", dict(same, steps=0, seed=0))]
+    for seed in range(SEEDS):
+        for arm, change in arms.items():
+            size = dict(grpo_learning_rate=rate, max_completion_length=32, rows_per_pass=128, processes=1)
+            size |= change.get("size", {})
+            found.append((arm, dict(same, **change | dict(size=size), steps=steps, seed=seed)))
+    return found
+
+
+def row_of(study, arm, found, name):
+    "A row of studies.csv."
+    run, ious = found["run"], np.array(found["ious"][name])
+    log = {column: np.array(values) for column, values in found["log"].items()}
+    row = {"study": study, "arm": arm, "seed": run["seed"], "questions": name, "N": len(ious),
+           "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "steps": run["steps"],
+           "minutes": found["minutes"], "run": run_id(run), "commit": found["commit"]}
+    for column, values in log.items():
+        row |= {f"{column}, first 10": values[:10].mean(), f"{column}, last 10": values[-10:].mean()}
+    return row
+
+
+def table(out):
+    "Write the two CSVs from the finished runs; effects of arms with all seeds."
+    rows, effects = [], []
+    images = {name: load_from_disk(out / "rows" / name)["image_id"][:] for name in JUDGED}
+    for study, (*_, base, arms) in STUDIES.items():
+        done = {}
+        for arm, run in runs_of(study):
+            file = out / "runs" / f"{run_id(run)}.json"
+            if file.exists(): done.setdefault(arm, []).append(json.loads(file.read_text()))
+        rows += [row_of(study, arm, f, name) for arm, found in done.items() for f in found for name in JUDGED]
+        for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
+            for other in {base, "start"} - {arm}:
+                if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
+                for name in JUDGED:
+                    gap = effect(*[arm_ious(done[a], name) for a in (arm, other)], images[name])
+                    effects.append(dict(study=study, arm=arm, against=other, questions=name, **gap))
+    pd.DataFrame(rows).round(4).to_csv(HERE / "studies.csv", index=False)
+    pd.DataFrame(effects).round(4).to_csv(HERE / "studies_effects.csv", index=False)
+
+
+if __name__ == "__main__":
+    import studies  # by its name: other processes cannot find what __main__ defines
+
+    stage, given = sys.argv[1], sys.argv[3:]
+    given = [Path(g).resolve() for g in given] if stage == "data" else given
+    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
+    os.chdir(sys.argv[2])
+    out = Path()  # runs are named relative to OUT, so that their ids do not depend on the place
+    if stage == "data": prepare(*given, out)
+    if stage == "starts": make_starts(out)
+    if stage == "run":
+        runs = {run_id(r): r for study in given for _, r in runs_of(study)}  # shared ones once
+        runs = sorted(runs.values(), key=lambda r: r["seed"])
+        run_all(studies.work, runs, out / "runs")
+    if stage == "table": table(out)
