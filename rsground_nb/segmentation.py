@@ -18,8 +18,7 @@ from torch import nn
 from .align import Aligner, Texts, coverage, read_texts, response_loss, structure_loss
 from .data import split_hash
 from .folders import to_dataset
-from .masks import (PARTS, Segmenter, load_segmenter, make_segmenter, mask_loss, predict_masks,
-                               save_segmenter)
+from .masks import PARTS, Segmenter, load_segmenter, make_segmenter, mask_loss, save_segmenter
 from .pretrain import run_steps
 from .prompts import Prompts
 from .safeguard import NOT_FINITE
@@ -173,7 +172,7 @@ def train_segmenter(
 ) -> Segmenter:
     """Train and save; continues where an interrupted call with the same settings stopped, and returns the
     saved model if there is one. Raises ValueError if the folder belongs to another training or a row has no
-    mask,     FloatingPointError if a loss is not finite."""
+    mask, FloatingPointError if a loss is not finite."""
     folder, settings = Path(folder), dict(data=split_hash(rows), seed=seed, **asdict(size))
     settings["use"] = list(size.use)
     if stage_ready(folder, **settings): return load_segmenter(folder)
