@@ -1,4 +1,4 @@
-"""The studies of chapter 11: trainings that differ in one idea, five seeds of each.
+"""Studies: trainings that differ in one idea, five seeds of each. Not finished: no table is committed yet.
 
     python tests/studies.py data OUT REAL          the questions, in OUT/rows (REAL: as in train_shipped.py)
     python tests/studies.py starts OUT             the models that GRPO starts from, in OUT/starts
