@@ -123,17 +123,19 @@ class Segmenter(nn.Module):
 def make_segmenter(
     clip_name="tiny", sam_name="tiny",  # or folders
     seed: int = 0,
-    lora_rank: int = 0,                 # of both encoders of CLIP and of SAM's; 0: no LoRA
+    lora_rank: int = 0,                 # of both encoders of CLIP; 0: no LoRA
     use=PARTS,
+    sam_lora_rank: int | None = None,   # of SAM's encoder; None: as lora_rank
 ) -> Segmenter:
     "A model to train. An encoder from a folder is frozen except for its LoRA."
     clip, tokenizer, eyes = load_clip(clip_name, seed)
     sam, sam_eyes = load_sam(sam_name, seed)
     for part, name in ((clip, clip_name), (sam.vision_encoder, sam_name)): part.requires_grad_(name == "tiny")
+    sam_rank = lora_rank if sam_lora_rank is None else sam_lora_rank
     add_lora(clip, lora_rank)
-    add_lora(sam.vision_encoder, lora_rank, ("qkv", "proj"))
+    add_lora(sam.vision_encoder, sam_rank, ("qkv", "proj"))
     model = Segmenter(Aligner(clip), sam, Tools(tokenizer, eyes, sam_eyes), use)
-    model.built = dict(stem=clip_name == "tiny", lora_rank=lora_rank, use=list(use))
+    model.built = dict(stem=clip_name == "tiny", lora_rank=lora_rank, sam_lora_rank=sam_rank, use=list(use))
     return model
 
 # %% ../nbs/deeper/masks.ipynb #779317a6
@@ -197,10 +199,10 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     clip = build_clip(CLIPConfig.from_dict(made["clip"]), made["stem"])
     sam = SamModel(SamConfig.from_dict(made["sam"]))
     add_lora(clip, made["lora_rank"])
-    add_lora(sam.vision_encoder, made["lora_rank"], ("qkv", "proj"))
+    add_lora(sam.vision_encoder, made["sam_lora_rank"], ("qkv", "proj"))
     sides = clip.config.vision_config.image_size, sam.config.vision_config.image_size
     eyes = [square_eyes(side, one["mean"], one["std"]) for side, one in zip(sides, made["eyes"])]
     model = Segmenter(Aligner(clip), sam, Tools(CLIPTokenizer.from_pretrained(folder), *eyes), made["use"])
-    model.built = {name: made[name] for name in ("stem", "lora_rank", "use")}
+    model.built = {name: made[name] for name in ("stem", "lora_rank", "sam_lora_rank", "use")}
     model.load_state_dict({name: w.float() for name, w in load_file(folder / "model.safetensors").items()})
     return model

@@ -8,6 +8,7 @@ __all__ = ['MASK_MODES', 'nearest_480', 'shrunk', 'same', 'changed', 'MaskMode',
            'write_mask_page']
 
 # %% ../nbs/reference/maskscores.ipynb #9375f0e2
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -146,14 +147,17 @@ def evaluate_masks(
     draws: int = 1000,
     **allow: bool,     # as for evaluate_file
 ) -> MaskTables | None:
-    """The scores of the masks of a file; None if no line has one. Rows of the data without a mask are not
-    scored. Raises ValueError for what `load_predictions` refuses, for a mask of another size than the true
-    one, and for data without masks."""
+    """The scores of the masks of a file; None if no line, or no row of the data, has one. Warns about rows
+    of the data without a mask; they are not scored. Raises ValueError for what `load_predictions` refuses and
+    for a mask of another size than the true one."""
     found = load_predictions(path, rows, **allow)
     if not any(p.get("mask") or p.get("masks") for p in found): return None
     true, images, ids = rows["mask"][:], np.array(rows["image_id"][:]), rows["expression_id"][:]
     scored = np.flatnonzero([mask is not None for mask in true])
-    if not len(scored): raise ValueError("the predictions have masks, but the data have none")
+    if len(scored) < len(true):
+        warnings.warn(f"{len(true) - len(scored)} of {len(true)} rows of the data have no mask: the masks "
+                      "answered there are not scored", stacklevel=2)
+    if not len(scored): return None
     def part(values): return [values[k] for k in scored]
     given = part([p.get("mask") for p in found]), part(true), images[scored], part(ids)
     modes = mask_modes(*given, part([levels_of(p) for p in found]), seed=seed, draws=draws)

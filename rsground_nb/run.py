@@ -8,9 +8,10 @@ __all__ = ['ORDER', 'COURSE', 'PACKAGES', 'STAGES', 'LAYOUT', 'IMAGES', 'UNITS',
            'gallery', 'labels_of', 'summary', 'verdict', 'setbacks', 'write_report', 'title_of', 'cot_options',
            'refer_options', 'predict_options', 'evaluate_options', 'Parser', 'parser', 'data_options', 'show',
            'complain', 'check_numbers', 'free_folder', 'readable_runs', 'run_to_resume', 'listen_for_ctrl_c',
-           'run_command', 'carry_out', 'readable', 'plain_cell', 'write_tables', 'evaluate_command', 'questions_of',
-           'picture_files', 'spoken', 'model_to_ask', 'predict_command', 'refer_command', 'split_command', 'student_of',
-           'server_of', 'command_line', 'cot_command', 'main', 'command']
+           'run_command', 'carry_out', 'readable', 'plain_cell', 'write_tables', 'split_of', 'evaluate_command',
+           'both_tables', 'questions_of', 'picture_files', 'spoken', 'model_to_ask', 'spoken_mask', 'box_answers',
+           'mask_answers', 'predict_command', 'refer_command', 'split_command', 'student_of', 'server_of',
+           'command_line', 'cot_command', 'main', 'command']
 
 # %% ../nbs/reference/run.ipynb #39f17e95
 import argparse
@@ -362,29 +363,37 @@ def refer_options(refer):
 def predict_options(ask):
     "Add the options of `rsground predict`."
     ask.usage = ('rsground predict IMAGE [IMAGE ...] "EXPRESSION" [options]\n'
-                 "       rsground predict QUESTIONS.jsonl [options]")
-    ask.add_argument("words", nargs="+", metavar="IMAGE ... EXPRESSION",
+                 "       rsground predict QUESTIONS.jsonl [options]\n"
+                 "       rsground predict --data FOLDER [--split NAME] [options]")
+    ask.add_argument("words", nargs="*", metavar="IMAGE ... EXPRESSION",
                      help="one or more pictures, then what to find in each;"
                      " or one file of questions with the fields image and expression")
-    ask.add_argument("--model", default="tiny-grpo",
+    ask.add_argument("--data", help="ask all questions of a dataset instead: a folder, or FILE@FOLDER")
+    ask.add_argument("--split", help="of --data; default: test, else val, else train")
+    ask.add_argument("--model",
                      help='"tiny-grpo" (default), "tiny-sft", "tiny" (which answers'
-                     " with a box only), a model folder, or a hub name")
-    ask.add_argument("--out", help="save the picture with the box: a new .png file, or a new folder "
+                     " with a box only), a model folder, or a hub name; with --mask: a folder of"
+                     " rsground train segment")
+    ask.add_argument("--mask", action="store_true", help="answer with masks instead of boxes")
+    ask.add_argument("--thresholds", type=float, nargs="+", default=(), metavar="P",
+                     help="with --mask: also write the masks at these probabilities")
+    ask.add_argument("--out", help="save the picture with the box or mask: a new .png file, or a new folder "
                      "for several questions")
     ask.add_argument("--json", action="store_true",
-                     help="print one JSON object per question, boxes in original pixels;"
+                     help="print one JSON object per question, boxes and masks in original pixels;"
                      " rsground evaluate reads this")
 
 def evaluate_options(score):
     "Add the options of `rsground evaluate`."
-    score.add_argument("predictions", help="JSON lines with expression_id and predicted (reference/scoring)")
+    score.add_argument("predictions", help="JSON lines with expression_id and predicted or mask "
+                       "(reference/scoring)")
     score.add_argument("--data", required=True, help="the data that were predicted: a folder, or FILE@FOLDER")
     score.add_argument("--split", help="default: test, else val, else train")
     score.add_argument("--seed", type=int, default=0, help="seed of the bootstrap; default 0")
     score.add_argument("--frame", default="pixel", metavar="NAME",
                        help="units of the predictions: pixel (default),"
                        " shares, percent, thousandths, xywh, or a codec of chapter 1")
-    score.add_argument("--out", help="write the two tables as CSV files to this new folder")
+    score.add_argument("--out", help="write the tables as CSV files, and a page of masks, to this new folder")
     allowed = dict(missing="an id of the data without a line counts as an answer without a box",
                    duplicates="of several lines with the same id, the last counts",
                    unknown="ignore lines with ids that the data do not have")
@@ -409,14 +418,14 @@ def parser():
     run.add_argument("--out", help="folder of the run; default runs/<data>-<scale>-<seed>")
     run.add_argument("--resume", action="store_true",
                      help="continue the run in --out, or the newest unfinished one in runs/")
-    evaluate_options(commands.add_parser("evaluate", help="score a prediction file with six public scorers"))
+    evaluate_options(commands.add_parser("evaluate", help="score a prediction file, boxes and masks"))
     predict_options(commands.add_parser(
         "predict", allow_abbrev=False, help="ask a model about pictures; prints its thought and its box"))
     cot_options(commands.add_parser("cot", allow_abbrev=False, help="write chains of thought for a dataset, "
                                     "filter them, and make a page to check them"))
     train = commands.add_parser("train", help="train with settings from a YAML file, in one process or many")
     train = train.add_subparsers(dest="task", required=True, parser_class=Parser)
-    for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO")):
+    for stage, what in (("sft", "CoT-SFT"), ("grpo", "GRPO"), ("segment", "a segmenter")):
         train.add_parser(stage, add_help=False, help=f"{what}: --config FILE.yaml [--name value ...];"
                          f" rsground train {stage} --help lists all names")
     log = train.add_parser("doctor", help="say why a GRPO run does not learn; exit code 0: no alarm, "
@@ -584,27 +593,39 @@ def write_tables(folder, **tables):
             write_whole(new / f"{name}.csv", table.map(plain_cell).to_csv(index=False))
         new.rename(folder)
 
+def split_of(data, split):
+    "(rows, name of the split, findings) of `--data` and `--split`. Raises ValueError."
+    from rsground_nb.data import data_parts, held_out, load_folder
+    path, images = data_parts(data)
+    splits, findings = load_folder(path, images=images)
+    split = split or held_out(splits)
+    if split not in splits: raise ValueError(f"{data} has no split {split!r}: use one of {', '.join(splits)}")
+    return splits[split], split, findings
+
 def evaluate_command(args):
     "`rsground evaluate`: exit code 0, or 2 (bad input)."
-    from rsground_nb.data import data_parts, held_out, load_folder, split_hash
-    from rsground_nb.scoring import evaluate_file, lines_or_items
+    from rsground_nb.data import split_hash
+    from rsground_nb.maskscores import evaluate_masks, write_mask_page
+    from rsground_nb.scoring import evaluate_file, lines_or_items, load_predictions
     try:
         check_numbers(args)
         lines_or_items(args.predictions)  # refuse a bad file before the data are read
-        path, images = data_parts(args.data)
-        splits, findings = load_folder(path, images=images)
-        split = args.split or held_out(splits)
-        if split not in splits:
-            raise ValueError(f"{args.data} has no split {split!r}: use one of {', '.join(splits)}")
+        rows, split, findings = split_of(args.data, args.split)
         if args.out and Path(args.out).exists():
             raise ValueError(f"{args.out} exists already: choose a new folder")
         allow = dict(allow_missing=args.allow_missing, allow_duplicates=args.allow_duplicates,
                      allow_unknown=args.allow_unknown)
         with warnings.catch_warnings(record=True) as said:
-            modes, strata = evaluate_file(args.predictions, splits[split], seed=args.seed, frame=args.frame,
-                                          **allow)
-        about = dict(split=split, hash=split_hash(splits[split]))
-        if args.out: write_tables(args.out, modes=modes.assign(**about), strata=strata.assign(**about))
+            modes, strata = evaluate_file(args.predictions, rows, seed=args.seed, frame=args.frame, **allow)
+            masks = evaluate_masks(args.predictions, rows, seed=args.seed, **allow)
+        about = dict(split=split, hash=split_hash(rows))
+        tables = dict(modes=modes, strata=strata)
+        if masks: tables |= dict(masks=masks.modes, mask_strata=masks.strata)
+        if args.out:
+            write_tables(args.out, **{name: table.assign(**about) for name, table in tables.items()})
+            if masks:
+                found = load_predictions(args.predictions, rows, **allow)
+                write_mask_page(found, rows, masks, Path(args.out) / "masks.html")
     except (ValueError, OSError) as e:
         complain(e)
         return 2
@@ -615,13 +636,22 @@ def evaluate_command(args):
         show(f"{lost} rows of the data cannot be used and belong to no split: see rsground data "
              f"doctor {args.data}")
     show(f"{args.predictions} against {split} of {args.data}, hash {about['hash']}")
-    show(f"\n{readable(modes.set_index('mode')).T.to_string()}\n\n"
-         f"{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+    show("\n" + both_tables(modes, strata))
+    if masks: show("\nmasks\n" + both_tables(masks.modes, masks.strata))
     return 0
 
-def questions_of(words):
+def both_tables(modes, strata):
+    "The two tables of `evaluate_file` or `evaluate_masks` as text."
+    return (f"{readable(modes.set_index('mode')).T.to_string()}\n\n"
+            f"{readable(strata.set_index(['stratum', 'group'])).to_string()}")
+
+def questions_of(words, data=None, split=None):
     "[(image, expression, expression_id), ...] from the arguments of `rsground predict`. Raises ValueError."
+    from rsground_nb.maskfiles import row_questions
     from rsground_nb.scoring import read_questions
+    if (data is None) == (words == []):
+        raise ValueError("name a picture and an expression, a file of questions, or --data (one of them)")
+    if data: return row_questions(split_of(data, split)[0])
     *images, expression = words
     if not images and expression.endswith((".jsonl", ".json")): return read_questions(expression)
     if not images or os.path.isfile(expression):
@@ -663,23 +693,46 @@ def model_to_ask(name):
     if torch.cuda.is_available(): model.to("cuda")
     return model, processor, DIRECT if name == "tiny" else REASON  # the base has never been shown thoughts
 
+def spoken_mask(found):
+    "What `rsground predict --mask` prints about one answer."
+    from rsground_nb.shapes import decode_mask
+    told, sides = f"  no mask: {found['reason']}", (found["width"], found["height"])
+    if found["predicted"]:
+        area = int(decode_mask(found["mask"]).sum())
+        box = ", ".join(f"{v:.0f}" for v in found["predicted"])
+        told = (f"  mask: {area} px, {100 * area / (sides[0] * sides[1]):.2g} % of {sides[0]}x{sides[1]} px\n"
+                f"  box around it: [{box}]")
+    return f"{found['image']}: {found['expression']}\n{told}"
+
+def box_answers(questions, model):
+    "(answers to the questions, how one is printed, how one is drawn), with boxes."
+    from rsground_nb.scoring import answer_picture, answer_questions, question_row
+    from rsground_nb.model import codec_of
+    model, processor, template = model_to_ask(model or "tiny-grpo")
+    codec = codec_of(processor.kind, processor)
+    rows = [question_row(*question, codec) for question in questions]
+    return answer_questions(model, processor, rows, template), spoken, answer_picture
+
+def mask_answers(questions, model, thresholds):
+    "The same as `box_answers` with masks."
+    from rsground_nb.maskfiles import mask_lines, mask_picture, segmenter_to_ask
+    return mask_lines(segmenter_to_ask(model), questions, thresholds), spoken_mask, mask_picture
+
 def predict_command(args):
     "`rsground predict`: exit code 0, 2 (bad input) or 130 (interrupted)."
     from transformers.utils.logging import disable_progress_bar
-    from rsground_nb.scoring import answer_picture, answer_questions, question_row
-    from rsground_nb.model import codec_of
     try:
         disable_progress_bar()
-        questions = questions_of(args.words)
+        if args.thresholds and not args.mask: raise ValueError("--thresholds is for --mask")
+        questions = questions_of(args.words, args.data, args.split)
         files = picture_files(args.out, len(questions))
-        model, processor, template = model_to_ask(args.model)
-        codec = codec_of(processor.kind, processor)
-        rows = [question_row(*question, codec) for question in questions]
-        for path, found in zip(files, answer_questions(model, processor, rows, template)):
-            print(json.dumps(found), flush=True) if args.json else show(spoken(found))
+        answers, text_of, picture_of = (mask_answers(questions, args.model, args.thresholds) if args.mask
+                                        else box_answers(questions, args.model))
+        for path, found in zip(files, answers):
+            print(json.dumps(found), flush=True) if args.json else show(text_of(found))
             if path is None: continue
             path.parent.mkdir(exist_ok=True)
-            answer_picture(found).save(path)
+            picture_of(found).save(path)
     except (ValueError, OSError) as e:
         complain(e)
         return 2
@@ -814,6 +867,9 @@ def command(words: list) -> int:
     if words[:1] == ["train"] and words[1:2] in (["sft"], ["grpo"]):  # the rest is TRL's
         from rsground_nb.launch import train_command
         return train_command(words[1], words[2:])
+    if words[:2] == ["train", "segment"]:
+        from rsground_nb.maskfiles import train_segment
+        return train_segment(words[2:])
     args = parser().parse_args(words)
     if args.command == "run": return run_command(args)
     if args.command == "evaluate": return evaluate_command(args)

@@ -8,8 +8,8 @@ __all__ = ['FIVE', 'MODES', 'CUE_TYPES', 'SIZE_GROUPS', 'CROWDS', 'CELLS', 'FEWE
            'Mode', 'check_boxes', 'tally', 'compare_modes', 'cue_types', 'truth_table', 'strata', 'score_strata',
            'group_table', 'plot_strata', 'refuse', 'once', 'is_box', 'mask_of', 'read_line', 'read_content',
            'lines_or_items', 'disagrees', 'told_missing', 'check_predictions', 'load_predictions', 'to_pixels',
-           'frame_hint', 'as_arrays', 'evaluate_file', 'mask_areas', 'mask_metrics', 'question_row', 'read_questions',
-           'answer_questions', 'answer_picture']
+           'frame_hint', 'as_arrays', 'evaluate_file', 'mask_areas', 'mask_metrics', 'check_question', 'question_row',
+           'read_questions', 'answer_questions', 'answer_picture']
 
 # %% ../nbs/reference/scoring.ipynb #5c0a1b04
 import json
@@ -521,16 +521,20 @@ def mask_metrics(
     return found
 
 # %% ../nbs/reference/scoring.ipynb #5be07c21
+def check_question(image: str | Path, expression: str):
+    "Raises ValueError naming the image if it is missing, or if the expression is empty or not UTF-8."
+    if not Path(image).exists(): raise ValueError(f"{image} not found")
+    if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in expression):
+        raise ValueError(f"the expression about {image} is not UTF-8")
+
 def question_row(
     image: str | Path, expression: str, expression_id: str,
     codec: Codec,  # of the model that will be asked
 ) -> dict:
     """A row without a true box, for `predict`; `seen`: (width, height) of the model's copy.
     Raises ValueError naming the image."""
-    if not Path(image).exists(): raise ValueError(f"{image} not found")
-    if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in expression):
-        raise ValueError(f"the expression about {image} is not UTF-8")
+    check_question(image, expression)
     width, height = image_size(Path(image))
     try: seen = smart_resize(height, width, codec.factor, codec.min_pixels, codec.max_pixels)[::-1]
     except ValueError as e: raise ValueError(f"{image}: {e}") from None

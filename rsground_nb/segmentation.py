@@ -33,7 +33,8 @@ class SegmentSizes:
     "All sizes of a training. Learning rates are those of the three stages."
     clip: str = "tiny"               # or a folder with a CLIPModel
     sam: str = "tiny"                # or a folder with a SamModel
-    lora_rank: int = 0               # of the encoders from a folder; 0: they stay frozen
+    lora_rank: int = 0               # of CLIP's encoders from a folder; 0: they stay frozen
+    sam_lora_rank: int = 0           # of SAM's encoder from a folder; 0: it stays frozen
     use: tuple = PARTS               # parts of the model that are on
     structure: float = 0.2           # weight of SCR; 0: without
     align_steps: int = 1000
@@ -161,7 +162,9 @@ def trained_in(model, stage):
     "The parameters that a stage trains; what `make_segmenter` has frozen stays frozen."
     part = dict(align=[model.aligner], sam=[model.sam],
                 ground=[model.aligner, model.cues, model.sam.prompt_encoder, model.sam.mask_decoder])[stage]
-    return [p for module in part for p in module.parameters() if p.requires_grad]
+    chosen = [p for module in part for p in module.parameters() if p.requires_grad]
+    encoder = model.sam.vision_encoder.named_parameters() if stage == "ground" else ()
+    return chosen + [p for name, p in encoder if "lora_" in name]
 
 def train_segmenter(
     rows,                # with masks
@@ -182,7 +185,7 @@ def train_segmenter(
         if not stage_ready(work, **settings): finish_stage(work, **settings)  # whose checkpoints
         start(seed)
         questions = Questions(rows)
-        model = make_segmenter(size.clip, size.sam, seed, size.lora_rank, size.use)
+        model = make_segmenter(size.clip, size.sam, seed, size.lora_rank, size.use, size.sam_lora_rank)
         model.to("cuda" if torch.cuda.is_available() else "cpu").train()
         for stage, (step_loss, number) in STAGES.items():
             def loss_at(step):
