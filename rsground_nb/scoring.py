@@ -304,7 +304,8 @@ def read_line(
     if "mask" in found:
         try: found["mask"] = mask_of(found["mask"])
         except ValueError as e: raise ValueError(f"mask: {e}") from None
-        found.setdefault("predicted", found["mask"] and mask_box(found["mask"]))
+        box = found["mask"] and mask_box(found["mask"])
+        found.setdefault("predicted", box and list(box))
     for key in ("expression_id", "predicted"):
         if key not in found: raise ValueError(f"no {key!r}")
     name = found["expression_id"]
