@@ -205,7 +205,8 @@ def test_every_mode_agrees_with_a_slower_count():
     (dict(size=[2, 3], counts="~~"), "does not belong in run lengths"),
     (dict(size=[2, 3], counts=[-1, 7]), "run lengths must be whole numbers"),
     (dict(size=[10 ** 6, 10 ** 6], counts=[10 ** 12]), "no usable image size"),
-    (dict(counts=[6]), "size"), ("not json", "not JSON"), (7, "mask"), ([1, 2], "mask")])
+    (dict(counts=[6]), "size"), ("not json", "not JSON"),
+    (7, "not a JSON object"), ([1, 2], "not a JSON object")])
 def test_a_mask_that_lies_is_told_with_its_line(mask, said, tmp_path):
     path = tmp_path / "masks.jsonl"
     path.write_text(json.dumps(dict(expression_id="a", mask=mask)) + "\n")
