@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENTER', 'SegmentArguments', 'SegmentSettings', 'parse_segment', 'tokenizer_of', 'why_unread', 'readable_rows',
-           'learning_rows', 'check_output', 'train_segment', 'segmenter_to_ask', 'mask_logits', 'mask_line',
-           'mask_lines', 'row_questions', 'mask_picture']
+           'learning_rows', 'check_output', 'train_segment', 'segmenter_to_ask', 'mask_logits', 'logits_or_reasons',
+           'mask_line', 'mask_lines', 'row_lines', 'row_questions', 'mask_picture']
 
 # %% ../nbs/reference/maskfiles.ipynb #9e5bb80a
 import math
@@ -163,6 +163,15 @@ def mask_logits(
     read = Texts(*(part.to(device) for part in read[:3]), read.edges)
     return model.eval()(model.views(pictures), read, torch.tensor(picture, device=device)).masks.cpu()
 
+def logits_or_reasons(model: Segmenter, pictures: list, texts: list, picture: list) -> list:
+    "For each expression the logits of `mask_logits`, or the reason why CLIP cannot read it."
+    found = [why_unread(model.tools.tokenizer, text) for text in texts]
+    asked = [i for i, reason in enumerate(found) if reason is None]
+    if not asked: return found
+    made = mask_logits(model, pictures, [texts[i] for i in asked], [picture[i] for i in asked])
+    for i, logits in zip(asked, made): found[i] = logits
+    return found
+
 def mask_line(question: tuple, image, logits, thresholds=()) -> dict:
     "One answered question; `logits`: (canvas, canvas), or the reason why there are none."
     path, expression, name = question
@@ -189,14 +198,20 @@ def mask_lines(
     for k in range(0, len(questions), batch):
         part = questions[k:k + batch]
         images = {path: read_image(Path(path)) for path, *_ in part}
-        found = [why_unread(model.tools.tokenizer, expression) for _, expression, _ in part]
-        asked = [i for i, reason in enumerate(found) if reason is None]
-        if asked:
-            texts, picture = [part[i][1] for i in asked], [list(images).index(part[i][0]) for i in asked]
-            made = mask_logits(model, list(images.values()), texts, picture)
-            for i, logits in zip(asked, made): found[i] = logits
+        picture = [list(images).index(path) for path, *_ in part]
+        found = logits_or_reasons(model, list(images.values()), [text for _, text, _ in part], picture)
         for question, logits in zip(part, found):
             yield mask_line(question, images[question[0]], logits, thresholds)
+
+def row_lines(model: Segmenter, rows: Dataset, thresholds=(), batch: int = 8):
+    "The lines of `mask_lines` for rows whose images need not lie on disk; `image` is the image_id."
+    for k in range(0, len(rows), batch):
+        part = rows.select(range(k, min(k + batch, len(rows))))
+        images, texts = part["image"][:], part["expression"][:]
+        found = logits_or_reasons(model, images, texts, list(range(len(part))))
+        questions = zip(part["image_id"], texts, part["expression_id"])
+        for question, image, logits in zip(questions, images, found):
+            yield mask_line(question, image, logits, thresholds)
 
 def row_questions(rows: Dataset) -> list:
     "The questions of `mask_lines` from the rows of a dataset on disk. Raises ValueError without images."

@@ -175,8 +175,9 @@ def outline(mask: np.ndarray) -> np.ndarray:
 def draw_masks(
     image: Image.Image,  # is not changed
     true=None,           # (height, width) of bool: outlined green
-    predicted=None,      # the same: filled orange, half transparent
+    predicted=None,      # the same: filled, half transparent
     side: int = 320,     # pixels of the returned picture's longer side
+    colour: tuple = PREDICTED_COLOUR,  # of the predicted mask
 ) -> Image.Image:
     "A copy of the image with the two masks."
     scale = side / max(image.size)
@@ -185,7 +186,7 @@ def draw_masks(
     def resized(mask): return np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST))
     if predicted is not None:
         inside = resized(predicted)
-        pixels[inside] = (pixels[inside] + PREDICTED_COLOUR) / 2
+        pixels[inside] = (pixels[inside] + colour) / 2
     if true is not None: pixels[outline(resized(true))] = TRUE_COLOUR
     return Image.fromarray(pixels.astype(np.uint8))
 

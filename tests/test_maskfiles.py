@@ -14,12 +14,13 @@ from pycocotools import mask as coco_mask
 from transformers import SamModel
 
 from rsground_nb.data import load_folder
+from rsground_nb.evaluate import write_predictions
 from rsground_nb.launch import CONFIGS
 from rsground_nb.maskfiles import mask_lines, parse_segment, segmenter_to_ask
 from rsground_nb.masks import load_sam, make_segmenter, tiny_sam_config
 from rsground_nb.maskscores import MASK_MODES, evaluate_masks, mask_modes
 from rsground_nb.reading import Defect
-from rsground_nb.run import main
+from rsground_nb.run import STAGES, gallery, main
 from rsground_nb.scoring import load_predictions
 from rsground_nb.segmentation import segment_rows, trained_in
 from rsground_nb.shapes import decode_mask, encode_mask
@@ -384,6 +385,22 @@ def test_lora_of_sams_encoder_is_trained_in_the_last_stage_and_kept_frozen_witho
     model = make_segmenter(lora_rank=2, sam_lora_rank=0)
     assert not any("lora_" in n for n, _ in model.sam.vision_encoder.named_parameters())
     assert any("lora_" in n and p.requires_grad for n, p in model.aligner.clip.named_parameters())
+
+
+def test_a_card_of_the_report_shows_the_mask(refsegrs, tmp_path):
+    rows = load_folder(refsegrs)[0]["test"].select(range(3))
+    box = dict(answer="", predicted=None, reason="empty", iou=0.0)
+    for stage in STAGES: write_predictions([box] * 3, tmp_path / f"{stage}_test.jsonl")
+    plain = gallery(tmp_path, rows, "test")
+    assert [(c["masked"], c["mask_iou"]) for c in plain] == [(False, None)] * 3
+    half = decode_mask(rows[1]["mask"])
+    half &= np.cumsum(half).reshape(half.shape) > half.sum() // 2
+    masks = [dict(mask=rows[0]["mask"]), dict(mask=encode_mask(half)), dict(mask=None)]
+    write_predictions(masks, tmp_path / "segmenter_test.jsonl")
+    cards = gallery(tmp_path, rows, "test")
+    share = half.sum() / decode_mask(rows[1]["mask"]).sum()
+    assert [c["mask_iou"] for c in cards] == [1, pytest.approx(share), None]
+    assert [c["picture"] != p["picture"] for c, p in zip(cards, plain)] == [True, True, False]
 
 
 def test_the_interval_of_one_picture_is_a_point(refsegrs, tmp_path):
