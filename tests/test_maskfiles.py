@@ -15,8 +15,8 @@ from transformers import SamModel
 
 from rsground_nb.data import load_folder
 from rsground_nb.evaluate import write_predictions
-from rsground_nb.launch import CONFIGS
-from rsground_nb.maskfiles import mask_lines, parse_segment, segmenter_to_ask
+from rsground_nb.launch import CONFIGS, plan_line
+from rsground_nb.maskfiles import base_shapes, mask_lines, parse_segment, segment_memory, segmenter_to_ask
 from rsground_nb.masks import load_sam, make_segmenter, tiny_sam_config
 from rsground_nb.maskscores import MASK_MODES, evaluate_masks, mask_modes
 from rsground_nb.reading import Defect
@@ -365,6 +365,14 @@ def test_a_ready_file_names_settings_only(path):
         found = getattr(args, name) if hasattr(args, name) else getattr(size, name)
         assert found == value and type(found) is type(value), name
     assert args.skip_long or path.stem == "tiny_segment"
+
+
+def test_the_figures_in_the_ready_files_are_the_plan():
+    ready = sorted(CONFIGS.glob("clip_sam_24gb_*_segment.yaml"))
+    size = parse_segment(["--config", str(ready[0])])[1]
+    found = segment_memory(size, *base_shapes())
+    assert found.sum() < 16
+    for path in ready: assert f": {plan_line(found)}\n" in path.read_text(), "write the comment anew"
 
 
 def test_a_second_call_finds_the_model_and_other_settings_are_refused(trained, capsys):
