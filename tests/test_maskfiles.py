@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
-from transformers import SamModel
+from transformers import SamImageProcessorPil, SamModel
 
 from rsground_nb.data import load_folder
 from rsground_nb.evaluate import write_predictions
@@ -333,6 +333,17 @@ def test_a_sam_folder_without_processor_and_a_damaged_segmenter(tmp_path, traine
 
 
 # ---- answers and settings
+
+def test_pictures_reach_sam_normalised(tmp_path):
+    """As the folder's processor says, without cropping; raw pixels are a known mistake."""
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    SamModel(tiny_sam_config()).save_pretrained(tmp_path)
+    SamImageProcessorPil(image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    _, eyes = load_sam(tmp_path)
+    pixels = eyes(Image.new("RGB", (30, 60), "white"), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 112, 112)
+    for channel, m, s in zip(pixels[0], mean, std): assert torch.allclose(channel, torch.tensor((1 - m) / s))
+
 
 def test_a_picture_of_any_size_gets_a_mask_of_its_size(trained, tmp_path, capsys):
     image, text, _ = pictures("test")[0]
