@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'Structure', 'find_run', 'spoken', 'structure', 'Stem', 'clip_tokenizer', 'tiny_clip_config', 'build_clip',
-           'square_eyes', 'load_clip', 'Texts', 'read_texts', 'places', 'Interaction', 'Aligned', 'Aligner', 'add_lora',
-           'coverage', 'dice_loss', 'response_loss', 'disagreement', 'response_centre', 'side_fault', 'structure_loss']
+           'square_eyes', 'load_tokenizer', 'load_clip', 'Texts', 'read_texts', 'places', 'Interaction', 'Aligned',
+           'Aligner', 'add_lora', 'coverage', 'dice_loss', 'response_loss', 'disagreement', 'response_centre',
+           'side_fault', 'structure_loss']
 
 # %% ../nbs/deeper/align.ipynb #56efd784
 import math
@@ -102,6 +103,12 @@ def square_eyes(side, mean, std) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False, image_mean=mean,
                                  image_std=std)
 
+def load_tokenizer(name: str | Path) -> CLIPTokenizer:
+    "CLIP's tokenizer of a folder. Raises ValueError without its files: transformers would give an empty one."
+    tokenizer = CLIPTokenizer.from_pretrained(name)
+    if len(tokenizer) < 256: raise ValueError(f"{name} holds no CLIP tokenizer: tokenizer.json is missing")
+    return tokenizer
+
 def load_clip(
     name: str | Path = "tiny",  # random weights; or a folder with a CLIPModel
     seed: int = 0,
@@ -114,7 +121,7 @@ def load_clip(
         eyes = CLIPImageProcessorPil()
     else:
         try:
-            clip, tokenizer = CLIPModel.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
+            clip, tokenizer = CLIPModel.from_pretrained(name), load_tokenizer(name)
             eyes = CLIPImageProcessorPil.from_pretrained(name)
         except (OSError, TypeError) as problem:
             said = str(problem).splitlines()[0]

@@ -17,10 +17,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset, Image
+from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SamConfig, SamModel
 from yaml import YAMLError
 
-from .align import Aligner, Texts, add_lora, clip_tokenizer, read_texts
+from .align import Aligner, Texts, add_lora, clip_tokenizer, load_tokenizer, read_texts
 from .data import load_data
 from .launch import parse_parts
 from .loading import ASSETS
@@ -112,7 +113,7 @@ def segment_memory(
 def tokenizer_of(clip: str) -> CLIPTokenizer:
     "The tokenizer of `SegmentSizes.clip`. Raises ValueError for a folder without one."
     if clip == "tiny": return clip_tokenizer()
-    try: return CLIPTokenizer.from_pretrained(clip)
+    try: return load_tokenizer(clip)
     except (OSError, TypeError) as problem:
         said = str(problem).splitlines()[0]
         raise ValueError(f"clip {clip}: no folder with CLIP's tokenizer here ({said})") from None
@@ -187,7 +188,7 @@ def segmenter_to_ask(name: str | None) -> Segmenter:
     if name is None and not folder.is_dir():
         raise ValueError("--mask needs --model, the output_dir of rsground train segment")
     try: model = load_segmenter(folder)
-    except (KeyError, OSError, RuntimeError, TypeError) as problem:
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError) as problem:
         said = str(problem).splitlines()[0]
         raise ValueError(f"the segmenter in {folder} is damaged ({said}): train it again") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

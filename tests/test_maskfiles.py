@@ -13,6 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import SamImageProcessorPil, SamModel
 
+from rsground_nb.align import load_clip
 from rsground_nb.data import load_folder
 from rsground_nb.evaluate import write_predictions
 from rsground_nb.launch import CONFIGS, plan_line
@@ -310,7 +311,8 @@ def test_wrong_questions_are_one_sentence(words, said, refsegrs, trained, tmp_pa
     (["--scenes", "0"], "scenes 0: at least 1"),
     (["--dataset_name", "nowhere"], "nowhere is not a folder"),
     (["--dataset_name", "DATA", "--dataset_train_split", "dev"], "no split 'dev'"),
-    (["--clip", "EMPTY"], "no folder with CLIP's tokenizer"),
+    (["--clip", "EMPTY"], "holds no CLIP tokenizer"),
+    (["--clip", "nowhere/clip"], "no folder with CLIP's tokenizer here"),
     (["--output_dir", "DATA"], "holds no segmenter: choose another output_dir")])
 def test_wrong_settings_are_one_sentence(words, said, refsegrs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -330,6 +332,9 @@ def test_a_sam_folder_without_processor_and_a_damaged_segmenter(tmp_path, traine
         if path.is_file(): (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="the segmenter in .* is damaged"): segmenter_to_ask(str(tmp_path))
+    load_clip()[0].save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip holds no CLIP tokenizer: tokenizer.json is missing"):
+        load_clip(tmp_path / "clip")
 
 
 # ---- answers and settings
