@@ -167,10 +167,16 @@ def evaluate_masks(
     return MaskTables(modes, by_group, pairs["mIoU"][0], scored)
 
 # %% ../nbs/reference/maskscores.ipynb #c5d630e7
-def outline(mask: np.ndarray) -> np.ndarray:
-    "The pixels of the mask that have a neighbour outside it, or lie at the border of the picture."
-    p = np.pad(mask, 1)
-    return mask & ~(p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:])
+def outline(
+    mask: np.ndarray,  # (height, width) of bool
+    width: int = 3,
+) -> np.ndarray:
+    "The pixels of the mask within `width` steps of a pixel outside it, or of the border of the picture."
+    inside = mask
+    for _ in range(width):
+        p = np.pad(inside, 1)
+        inside = inside & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    return mask & ~inside
 
 def draw_masks(
     image: Image.Image,  # is not changed
