@@ -312,12 +312,13 @@ def test_wrong_questions_are_one_sentence(words, said, refsegrs, trained, tmp_pa
     (["--dataset_name", "nowhere"], "nowhere is not a folder"),
     (["--dataset_name", "DATA", "--dataset_train_split", "dev"], "no split 'dev'"),
     (["--clip", "EMPTY"], "holds no CLIP tokenizer"),
-    (["--clip", "nowhere/clip"], "no folder with CLIP's tokenizer here"),
+    (["--clip", "ABSENT"], "no folder with CLIP's tokenizer here"),
     (["--output_dir", "DATA"], "holds no segmenter: choose another output_dir")])
 def test_wrong_settings_are_one_sentence(words, said, refsegrs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
-    words = [str(dict(DATA=refsegrs, EMPTY=tmp_path / "empty").get(w, w)) for w in words]
+    places = dict(DATA=refsegrs, EMPTY=tmp_path / "empty", ABSENT=tmp_path / "absent")
+    words = [str(places.get(w, w)) for w in words]
     if "--output_dir" not in words: words += ["--output_dir", str(tmp_path / "m")]
     assert main(["train", "segment", "--scenes", "2", *words]) == 2
     err = capsys.readouterr().err
