@@ -314,8 +314,7 @@ def test_wrong_questions_are_one_sentence(words, said, refsegrs, trained, tmp_pa
     (["--clip", "EMPTY"], "holds no CLIP tokenizer"),
     (["--clip", "ABSENT"], "no folder with CLIP's tokenizer here"),
     (["--output_dir", "DATA"], "holds no segmenter: choose another output_dir")])
-def test_wrong_settings_are_one_sentence(words, said, refsegrs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_wrong_settings_are_one_sentence(words, said, refsegrs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     places = dict(DATA=refsegrs, EMPTY=tmp_path / "empty", ABSENT=tmp_path / "absent")
     words = [str(places.get(w, w)) for w in words]
