@@ -180,12 +180,12 @@ def train_segment(words: list) -> int:
     return 0
 
 # %% ../nbs/reference/maskfiles.ipynb #d9c9a59e
-SEGMENTER = Path(str(ASSETS)) / "tiny_segmenter"  # the shipped one
+SEGMENTER = Path(str(ASSETS)) / "tiny_segment"  # the shipped one
 
 def segmenter_to_ask(name: str | None) -> Segmenter:
     "The segmenter of a folder, on the GPU if there is one; None: the shipped one. Raises ValueError."
-    folder = SEGMENTER if name is None else Path(name)
-    if name is None and not folder.is_dir():
+    folder = SEGMENTER if name is None else name
+    if name is None and not SEGMENTER.is_dir():
         raise ValueError("--mask needs --model, the output_dir of rsground train segment")
     try: model = load_segmenter(folder)
     except (KeyError, OSError, RuntimeError, SafetensorError, TypeError) as problem:

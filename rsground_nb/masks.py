@@ -198,6 +198,7 @@ def load_segmenter(folder: str | Path) -> Segmenter:
     made = json.loads((folder / "segmenter.json").read_text())
     clip = build_clip(CLIPConfig.from_dict(made["clip"]), made["stem"])
     sam = SamModel(SamConfig.from_dict(made["sam"]))
+    made.setdefault("sam_lora_rank", made["lora_rank"])
     add_lora(clip, made["lora_rank"])
     add_lora(sam.vision_encoder, made["sam_lora_rank"], ("qkv", "proj"))
     sides = clip.config.vision_config.image_size, sam.config.vision_config.image_size
