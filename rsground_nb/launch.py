@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'STAGES', 'QWEN_3B', 'FREE', 'DataArguments', 'ChainArguments', 'RewardArguments', 'ChainSFTConfig',
-           'OneLineParser', 'find_config', 'check_whole', 'parse_settings', 'plan', 'plan_line', 'load_rows',
-           'load_model', 'make_trainer', 'kept_settings', 'is_finished', 'save_trained', 'carry_out', 'train_command']
+           'OneLineParser', 'find_config', 'check_whole', 'parse_parts', 'parse_settings', 'plan', 'plan_line',
+           'load_rows', 'load_model', 'make_trainer', 'kept_settings', 'is_finished', 'save_trained', 'carry_out',
+           'train_command']
 
 # %% ../nbs/reference/launch.ipynb #03da4cd1
 import json
@@ -114,22 +115,30 @@ def check_whole(part):
         if type(value) is float and int in kinds and float not in kinds:
             raise ValueError(f"{name} {value}: a whole number is needed")
 
-def parse_settings(
-    stage: str,   # sft or grpo
-    words: list,  # --config FILE (a path or a name in CONFIGS), and --name value to override it
-) -> tuple:
-    "(data, training, model): dataclasses. Raises ValueError for unknown names, bad values, unreadable files."
+def parse_parts(
+    stage: str,     # the word after `rsground train`
+    kinds: tuple,   # dataclasses whose fields are the settings
+    words: list,    # --config FILE (a path or a name in CONFIGS), and --name value to override it
+) -> list:
+    "One object of each kind. Raises ValueError for unknown names, bad values, unreadable files."
     words = [str(w) for w in words]
     for k, word in enumerate(words[:-1]):
         if word == "--config": words[k + 1] = str(find_config(words[k + 1]))
-    parser = OneLineParser((*STAGES[stage], ModelConfig), prog=f"rsground train {stage}", allow_abbrev=False)
+    parser = OneLineParser(kinds, prog=f"rsground train {stage}", allow_abbrev=False)
     *parts, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
     if unknown:
         near = get_close_matches(unknown[0], parser._option_string_actions, 1)
         hint = f": did you mean {near[0]}?" if near else f" (see rsground train {stage} --help)"
         raise ValueError(f"unknown setting {unknown[0]}{hint}")
     for part in parts: check_whole(part)
-    data, training, model = parts
+    return parts
+
+def parse_settings(
+    stage: str,   # sft or grpo
+    words: list,  # as for parse_parts
+) -> tuple:
+    "(data, training, model): dataclasses. Raises ValueError as `parse_parts`."
+    data, training, model = parse_parts(stage, (*STAGES[stage], ModelConfig), words)
     resume = str(training.resume_from_checkpoint).lower()
     if resume in ("true", "false"): training.resume_from_checkpoint = resume == "true"
     return data, training, model

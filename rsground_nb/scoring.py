@@ -6,10 +6,10 @@
 __all__ = ['FIVE', 'MODES', 'CUE_TYPES', 'SIZE_GROUPS', 'CROWDS', 'CELLS', 'FEWEST', 'READ', 'NO_TEXT', 'READ_AS', 'FRAME_NAMES',
            'areas', 'fraction', 'standard_iou', 'lqvg_iou', 'lpva_iou', 'vrsbench_iou', 'vlm_r1_iou', 'rsthinker_iou',
            'Mode', 'check_boxes', 'tally', 'compare_modes', 'cue_types', 'truth_table', 'strata', 'score_strata',
-           'plot_strata', 'refuse', 'once', 'is_box', 'read_line', 'read_content', 'lines_or_items', 'disagrees',
-           'told_missing', 'check_predictions', 'load_predictions', 'to_pixels', 'frame_hint', 'as_arrays',
-           'evaluate_file', 'mask_areas', 'mask_metrics', 'question_row', 'read_questions', 'answer_questions',
-           'answer_picture']
+           'group_table', 'plot_strata', 'refuse', 'once', 'is_box', 'mask_of', 'read_line', 'read_content',
+           'lines_or_items', 'disagrees', 'told_missing', 'check_predictions', 'load_predictions', 'to_pixels',
+           'frame_hint', 'as_arrays', 'evaluate_file', 'mask_areas', 'mask_metrics', 'check_question', 'question_row',
+           'read_questions', 'answer_questions', 'answer_picture']
 
 # %% ../nbs/reference/scoring.ipynb #5c0a1b04
 import json
@@ -27,13 +27,13 @@ from pycocotools import mask as coco_mask
 from .boxes import GRID, Codec, draw_boxes, parse_completion, smart_resize
 from .data import to_dataset
 from .evaluate import predict, ratios
-from .files import FRAMES, GRIDS, guess_frame, json_items
+from .files import FRAMES, GRIDS, coco_runs, guess_frame, json_items
 from .grammar import cues
 from .model import REASON
-from .reading import (READ_ERRORS, ImageFolder, as_finding, image_size, parse_json, read_image,
-                                 text_field, text_of)
+from .reading import (READ_ERRORS, ImageFolder, as_finding, image_size, list_field, parse_json,
+                                 read_image, text_field, text_of)
 from .scenes import cell_name
-from .shapes import read_mask
+from .shapes import mask_box, read_mask
 
 # %% ../nbs/reference/scoring.ipynb #06a139f0
 def areas(
@@ -228,15 +228,24 @@ def score_strata(
     """One row per group: stratum, group, N, images, few, Pr@0.5 and meanIoU with 95 % intervals
     (NaN for groups on fewer than 10 images)."""
     predicted, true, sides, images = check_boxes(predicted, true, sides, images)
-    if len(members) != len(true): raise ValueError(f"{len(members)} rows in strata, {len(true)} boxes")
-    found, place = tally(predicted, true, sides, mode), np.unique(images, return_inverse=True)[1]
-    inside = members.to_numpy(float).T
+    found = tally(predicted, true, sides, mode)
+    return group_table({name: found[name] for name in ("Pr@0.5", "meanIoU")}, images, members, seed, draws)
+
+def group_table(
+    found: dict,            # metric -> (numerators, denominators), each (N,)
+    images,                 # (N,)
+    members: pd.DataFrame,  # of `strata`
+    seed: int, draws: int,
+) -> pd.DataFrame:
+    "The table of `score_strata` for any metrics."
+    if len(members) != len(images): raise ValueError(f"{len(members)} rows in strata, {len(images)} scored")
+    place, inside = np.unique(images, return_inverse=True)[1], members.to_numpy(float).T
     table = pd.DataFrame(list(members.columns), columns=["stratum", "group"])
     table["N"], table["images"] = inside.sum(1).astype(int), [len(np.unique(place[m > 0])) for m in inside]
     table["few"] = table.images < FEWEST
-    names = ("Pr@0.5", "meanIoU")
-    values = ratios([(found[name][0] * m, m) for name in names for m in inside], images, seed, draws)
-    for name, value, low, high in zip(names, *(v.reshape(2, -1) for v in values)):
+    pairs = [(over * m, under * m) for over, under in found.values() for m in inside]
+    values = ratios(pairs, images, seed, draws)
+    for name, value, low, high in zip(found, *(v.reshape(len(found), -1) for v in values)):
         table[name] = value
         table[f"{name}_low"], table[f"{name}_high"] = (np.where(table.few, np.nan, v) for v in (low, high))
     return table
@@ -273,6 +282,16 @@ def is_box(value):
     if type(value) is not list or len(value) != 4: return False
     return all(type(v) in (int, float) and abs(v) < 1e9 for v in value)
 
+def mask_of(value) -> str | None:
+    """The mask of a prediction, COCO's {size, counts} or its JSON text, as text of `encode_mask`. Raises
+    ValueError."""
+    if value is None: return None
+    try:
+        runs = parse_json(value) if isinstance(value, str) else value
+        height, width = list_field(runs, "size")
+        return coco_runs(runs, width, height)
+    except READ_ERRORS as e: raise ValueError(as_finding(e, "").message) from None
+
 def read_line(
     line: bytes | dict,  # of a prediction file, or an item of a list
 ) -> dict:
@@ -282,6 +301,11 @@ def read_line(
     except json.JSONDecodeError as e: raise ValueError(f"not JSON ({e.msg}, character {e.pos + 1})") from None
     except RecursionError: raise ValueError("JSON nested too deeply") from None
     if type(found) is not dict: raise ValueError("not a JSON object in braces")
+    if "mask" in found:
+        try: found["mask"] = mask_of(found["mask"])
+        except ValueError as e: raise ValueError(f"mask: {e}") from None
+        box = found["mask"] and mask_box(found["mask"])
+        found.setdefault("predicted", box and list(box))
     for key in ("expression_id", "predicted"):
         if key not in found: raise ValueError(f"no {key!r}")
     name = found["expression_id"]
@@ -498,16 +522,20 @@ def mask_metrics(
     return found
 
 # %% ../nbs/reference/scoring.ipynb #5be07c21
+def check_question(image: str | Path, expression: str):
+    "Raises ValueError naming the image if it is missing, or if the expression is empty or not UTF-8."
+    if not Path(image).exists(): raise ValueError(f"{image} not found")
+    if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in expression):
+        raise ValueError(f"the expression about {image} is not UTF-8")
+
 def question_row(
     image: str | Path, expression: str, expression_id: str,
     codec: Codec,  # of the model that will be asked
 ) -> dict:
     """A row without a true box, for `predict`; `seen`: (width, height) of the model's copy.
     Raises ValueError naming the image."""
-    if not Path(image).exists(): raise ValueError(f"{image} not found")
-    if not expression.strip(): raise ValueError(f"the expression about {image} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in expression):
-        raise ValueError(f"the expression about {image} is not UTF-8")
+    check_question(image, expression)
     width, height = image_size(Path(image))
     try: seen = smart_resize(height, width, codec.factor, codec.min_pixels, codec.max_pixels)[::-1]
     except ValueError as e: raise ValueError(f"{image}: {e}") from None

@@ -25,7 +25,7 @@ from rsground_nb.run import main
 from rsground_nb.scale import locked
 from rsground_nb.scenes import scene_records
 
-TRAININGS = sorted(p for p in CONFIGS.glob("*.yaml"))
+TRAININGS = sorted(p for p in CONFIGS.glob("*.yaml") if not p.stem.endswith("_segment"))
 LAUNCHERS = sorted(p for p in (CONFIGS / "accelerate").glob("*.yaml"))
 SHORT = ("--max_steps 2 --logging_steps 1 --disable_tqdm true --learning_rate 1e-4 --lr_scheduler_type "
          "constant --warmup_steps 0 --save_strategy no".split())
