@@ -92,7 +92,7 @@ def grpo_run(
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r])[LOGGED].round(4)
     return dict(ious=judge_run(model, processor, run, folder, template), log=log.to_dict("list"))
 
-LOGGED = ["reward_std", "rewards/iou_reward/mean", "frac_reward_zero_std", "groups/all_miss", "grad_norm",
+LOGGED = ["reward_std", "rewards/iou_reward/mean", "groups/signal", "groups/all_miss", "grad_norm",
           "completions/mean_length", "entropy"]
 
 def judge_run(model, processor, run, folder, template):

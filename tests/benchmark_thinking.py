@@ -62,6 +62,13 @@ def completions(rows, codec, template):
     return [str([*codec.encode(b, w, h)]) for b, w, h in zip(rows["box"], rows["width"], rows["height"])]
 
 
+def to_learn(rows, said, template):
+    "The columns that `sft_trainer` needs; `said`: the text to learn for each row."
+    prompts = [to_prompt(e, template) for e in rows["expression"]]
+    return rows.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", [
+        [dict(role="assistant", content=[dict(type="text", text=s)])] for s in said])
+
+
 class PartsLoss:
     """Cross entropy with a weight for the answer's tokens; keeps the plain mean of
     the two parts for each step."""
@@ -85,10 +92,7 @@ def train(arm, seed, rows):
     start(seed)
     model, processor = load_vlm("tiny")
     said = completions(rows, codec_of(model.config.model_type, processor), template)
-    chains = rows.select_columns(["image"]).add_column("prompt",
-                                                       [to_prompt(e, template) for e in rows["expression"]])
-    chains = chains.add_column(
-        "completion", [[{"role": "assistant", "content": [{"type": "text", "text": s}]}] for s in said])
+    chains = to_learn(rows, said, template)
     size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=RATE, sft_batch_size=BATCH,
                    rows_per_pass=BATCH)
     trainer = sft_trainer(model, processor, chains, size, seed, RUN / "trainer", disable_tqdm=True)

@@ -1,7 +1,7 @@
 """Studies: trainings that differ in one idea, five seeds of each. Not finished: no table is committed yet.
 
     python tests/studies.py data OUT REAL          the questions, in OUT/rows (REAL: as in train_shipped.py)
-    python tests/studies.py starts OUT             the models that GRPO starts from, in OUT/starts
+    python tests/studies.py starts OUT [NAME ...]  the models that GRPO starts from, in OUT/starts
     python tests/studies.py run OUT STUDY ...      every run that OUT/runs lacks; STUDY: a name of STUDIES
     python tests/studies.py table OUT              tests/studies.csv (a row for each run and set of questions)
                                                    and tests/studies_effects.csv
@@ -24,28 +24,39 @@ import pandas as pd
 import torch
 from datasets import concatenate_datasets, load_from_disk
 
-from benchmark_thinking import completions
+from benchmark_thinking import completions, to_learn
 from rsground_nb.boxes import completion_box
 from rsground_nb.consistency import agreement
+from rsground_nb.drawing import get_style
 from rsground_nb.grpo import SpatialGRPOTrainer
 from rsground_nb.guards import WEIGHTS
-from rsground_nb.model import DIRECT, codec_of, load_vlm, to_prompt
+from rsground_nb.model import DIRECT, codec_of, load_vlm
 from rsground_nb.rewards import BoxReward
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
 from rsground_nb.studies import arm_ious, effect, grpo_run, judge_run, run_all, run_id
+from planting import planted
 from train_shipped import MIRRORS, drawn, learn_chains, real
 
 HERE, SEEDS = Path(__file__).resolve().parent, 5
-STARTS = {"answers-early": 300, "answers-middle": 900, "answers-late": 3000,  # steps of SFT
-          "chains-early": 400, "chains-middle": 1200}
-RATE = 3e-4
-JUDGED = ("rival", "all", "real")
+STARTS = {  # steps of SFT from the base, and what it learns
+    "answers-early": (300, "answers"), "answers-middle": (900, "answers"), "chains-early": (400, "chains"),
+    "chains-middle": (900, "chains"), "chains-30": (900, "30 %"), "chains-10": (900, "10 %"),
+    "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
+RATE, THINK_RATE = 3e-4, 3e-4  # of GRPO
+JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
+FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
+          "wrong_decision")
 
 # what an arm changes: settings of `grpo_run`, or `extra` (below)
 R_POS, PLAIN = dict(third="center"), dict(settings=dict(consistency=False))
 GROUP = dict(size=dict(scale_rewards="group"))
+ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes: 256 rollouts a step
+THOUGHTS = dict(prompts_per_step=16, processes=1)                         # 128 rollouts a step
+
+
+MORE = dict(steps=400, rate=1e-3)  # as many minutes as GRPO takes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -70,6 +81,21 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
         "alpha 8": R_POS | dict(alpha=8.0) | PLAIN}),
     "group scaling": ("answers-early", 50, RATE, "IoU", {
         "IoU": GROUP | PLAIN, "+ R_pos": R_POS | GROUP | PLAIN}),
+    "longer": ("answers-early", 200, RATE, "IoU", {
+        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
+    "base": ("tiny", 50, RATE, "IoU", {
+        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
+    "transfer": ("answers-early", 50, RATE, "both kinds", {
+        "both kinds": PLAIN, "drawn questions only": dict(asked="rows/grpo_drawn") | PLAIN,
+        "real questions only": dict(asked="rows/grpo_real") | PLAIN}),
+    "thoughts": ("chains-middle", 60, THINK_RATE, "IoU", {
+        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
+        "more CoT-SFT": MORE | dict(more="chains")}),
+    "thoughts, near": ("tiny-sft", 60, 1e-4, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
+    "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
+    **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
+        "both": R_POS | weighted(), "more CoT-SFT": MORE | dict(more=STARTS[name][1])})
+       for name in ("chains-10", "chains-30", "chains-faulty", "chains-drawn")},
 }
 
 
@@ -83,37 +109,49 @@ def prepare(folder, out):
     learned, asked = drawn(12288, 0, "train", False), drawn(4096, 1, "grpo", True)
     boxes = real_rows(False, asked).shuffle(seed=0).select(range(4096))
     rows = {"sft": concatenate_datasets([learned, real_rows(True, learned)]),
-            "grpo": concatenate_datasets([asked, boxes]),
+            "grpo": concatenate_datasets([asked, boxes]), "grpo_drawn": asked, "grpo_real": boxes,
             "rival": drawn(512, 3110, "test", True), "all": drawn(512, 3111, "test", False),
             "real": real(folder / "0", "test", 0.14),
+            "style": drawn(256, 3112, "test", True, "other"),
+            "small": drawn(256, 3113, "test", True, replace(get_style("simple"), sizes=(0.07, 0.14))),
             "tune": drawn(384, 2000, "val", True), "tune_real": real(folder / "0", "val", 0.14)}
     for name, part in rows.items(): part.save_to_disk(out / "rows" / name)
 
 
-def learn_answers(rows, steps, seed, out):
-    "The base after SFT on the bare boxes."
-    start(seed)
-    model, processor = load_vlm("tiny")
+def learn_answers(model, processor, rows, steps, rate, seed, out):
+    "SFT on the bare boxes."
     said = completions(rows, codec_of(model.config.model_type, processor), DIRECT)
-    prompts = [to_prompt(e, DIRECT) for e in rows["expression"]]
-    kept = rows.select_columns(["image"]).add_column("prompt", prompts).add_column("completion", [
-        [dict(role="assistant", content=[dict(type="text", text=s)])] for s in said])
-    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=2e-3, rows_per_pass=16)
-    sft_trainer(model, processor, kept, size, seed, out / "trainer", disable_tqdm=True).train()
-    return model, processor
+    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
+    sft_trainer(model, processor, to_learn(rows, said, DIRECT), size, seed, out, disable_tqdm=True).train()
 
 
-def make_starts(out):
-    "Early, middle and late models: with answers alone and with thoughts."
+def learn_faulty(model, processor, rows, steps, rate, seed, out):
+    "CoT-SFT; half of the chains, by lot, have a planted fault."
+    rng, codec, said = np.random.default_rng(seed), codec_of(model.config.model_type, processor), []
+    for row in rows.remove_columns("image"):
+        codes = rng.permutation(FAULTS).tolist() if rng.random() < 0.5 else []
+        said += [text for _, _, text, _ in planted([row], codec, rng, [*codes, "ok"])]
+    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
+    sft_trainer(model, processor, to_learn(rows, said, REASON), size, seed, out, disable_tqdm=True).train()
+
+
+def learn(what, model, processor, rows, steps, rate, seed, out):
+    "What the models of STARTS learn."
+    if what == "chains of drawn questions": rows = rows.select(range(12288))
+    if what.endswith("%"): rows = rows.shuffle(seed=0).select(range(len(rows) * int(what[:2]) // 100))
+    method = {"answers": learn_answers, "half of them faulty": learn_faulty}.get(what, learn_chains)
+    method(model, processor, rows, steps, rate, seed, out)
+
+
+def make_starts(out, names):
+    "The models that GRPO starts from."
     rows = load_from_disk(out / "rows" / "sft")
-    for name, steps in STARTS.items():
-        folder = out / "starts" / name
+    for name in names or STARTS:
+        folder, (steps, what) = out / "starts" / name, STARTS[name]
         if folder.exists(): continue
-        if name.startswith("answers"): model, processor = learn_answers(rows, steps, 0, out)
-        else:
-            start(0)
-            model, processor = load_vlm("tiny")
-            learn_chains(model, processor, rows, steps, 2e-3, 0, out / "trainer")
+        start(0)
+        model, processor = load_vlm("tiny")
+        learn(what, model, processor, rows, steps, 2e-3, 0, out / "trainer" / name)
         processor.save_pretrained(folder)
         model.save_pretrained(folder)
 
@@ -177,9 +215,14 @@ def extras(run, codec):
 
 
 def work(run, folder):
-    if run["steps"] == 0:
+    if run["steps"] == 0 or "more" in run:  # no GRPO
+        start(run["seed"])
         model, processor = load_vlm(run["start"])
-        found = dict(ious=judge_run(model, processor, run, folder, DIRECT), log={})
+        if "more" in run:
+            learn(run["more"], model, processor, load_from_disk("rows/sft"), run["steps"], run["rate"],
+                  100 + run["seed"], folder / "trainer" / run_id(run))
+        template = REASON if run.get("thinks") else DIRECT
+        found = dict(ious=judge_run(model, processor, run, folder, template), log={})
     else:
         trainer = CreditTrainer if run.get("extra") == "credit" else SpatialGRPOTrainer
         found = grpo_run(run, folder, trainer, extras)
@@ -189,13 +232,18 @@ def work(run, folder):
 def runs_of(study):
     "(arm, run) of a study, all arms of a seed before the next seed. `start` is the model before GRPO."
     first, steps, rate, _, arms = STUDIES[study]
-    same = dict(start=f"starts/{first}", asked="rows/grpo", judged={name: f"rows/{name}" for name in JUDGED})
-    found = [("start", dict(same, steps=0, seed=0))]
+    first, sets, size = f"starts/{first}" if first in STARTS else first, JUDGED, ANSWERS
+    if study.startswith("thoughts"): sets, size = JUDGED + JUDGED_TOO, THOUGHTS
+    same = dict(start=first, judged={name: f"rows/{name}" for name in sets})
+    if study.startswith("thoughts"): same["thinks"] = True
+    found = [("start", dict(same, asked="rows/grpo", steps=0, seed=0))]
     for seed in range(SEEDS):
         for arm, change in arms.items():
-            size = dict(grpo_learning_rate=rate, max_completion_length=32, rows_per_pass=128, processes=1)
-            size |= change.get("size", {})
-            found.append((arm, dict(same, **change | dict(size=size), steps=steps, seed=seed)))
+            if "more" in change: found.append((arm, dict(same, **change, seed=seed)))
+            else:
+                sizes = dict(grpo_learning_rate=rate, **size | change.get("size", {}))
+                run = dict(same, asked="rows/grpo", steps=steps, seed=seed)
+                found.append((arm, run | change | dict(size=sizes)))
     return found
 
 
@@ -240,7 +288,7 @@ if __name__ == "__main__":
     os.chdir(sys.argv[2])
     out = Path()  # runs are named relative to OUT, so that their ids do not depend on the place
     if stage == "data": prepare(*given, out)
-    if stage == "starts": make_starts(out)
+    if stage == "starts": make_starts(out, given)
     if stage == "run":
         runs = {run_id(r): r for study in given for _, r in runs_of(study)}  # shared ones once
         runs = sorted(runs.values(), key=lambda r: r["seed"])

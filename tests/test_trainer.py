@@ -208,6 +208,22 @@ def test_the_log_says_how_many_weights_are_cut(trainer):
         weight_at_limit=1 / 3).items()})
 
 
+@pytest.mark.parametrize("consistency", [True, False])
+@pytest.mark.parametrize("near, signal", [(0.0, 2 / 3), (0.1, 1)])
+def test_the_log_says_which_share_of_the_questions_all_rollouts_miss_and_which_has_signal(consistency, near,
+                                                                                          signal):
+    def iou_reward(completions, image_id, **columns):
+        return [0.0 if name == ROWS[0]["image_id"] else float(k % 2) for k, name in enumerate(image_id)]
+
+    def near_reward(completions, **columns): return [float(k % 4) for k in range(len(completions))]
+
+    trainer = told(rewards=[iou_reward, near_reward], rows=ROWS[:3], consistency=consistency, max_steps=1,
+                   reward_weights=[1.0, near])
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["groups/all_miss"] == pytest.approx(1 / 3) and log["groups/signal"] == pytest.approx(signal)
+
+
 def test_an_iou_that_is_none_is_refused(trainer):
     with pytest.raises(ValueError, match="in group 1 of 2"):
         weighed(trainer, "paper", [""] * 8, [0.5] * 7 + [1.5])

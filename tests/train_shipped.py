@@ -34,11 +34,12 @@ import pandas as pd
 from datasets import concatenate_datasets
 from PIL import Image
 
+from benchmark_thinking import to_learn
 from rsground_nb.boxes import completion_box, iou, parse_completion
 from rsground_nb.cot import rule_drafts
 from rsground_nb.data import load_folder, to_dataset
 from rsground_nb.evaluate import interval, predict
-from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm, to_prompt
+from rsground_nb.model import DIRECT, REASON, codec_of, generate_answers, load_vlm
 from rsground_nb.scale import get_scale, start
 from rsground_nb.refer import load_real_samples
 from rsground_nb.scenes import as_png, scene_records
@@ -78,11 +79,11 @@ def turned(box, size, mirror):
     return [size[0] - x - w if mirror & 2 else x, size[1] - y - h if mirror & 4 else y, w, h]
 
 
-def drawn(count, seed, split, rivals):
+def drawn(count, seed, split, rivals, style="simple"):
     """Drawn questions, a third for each number of hops; `rivals`: only those with a second object of the
     category, else seven tenths of the others are left out."""
     found = []
-    for k, row in enumerate(scene_records(6 * count, seed, split=split, hops=(1, 2, 3))):
+    for k, row in enumerate(scene_records(6 * count, seed, split=split, hops=(1, 2, 3), style=style)):
         many = sum(o["category"] == row["category"] for o in row["objects"]) > 1
         if many or (not rivals and np.random.default_rng([seed, k]).random() < 0.3): found.append(row)
         if len(found) == count: return to_dataset(found)
@@ -109,10 +110,7 @@ def learn_chains(model, processor, rows, steps, rate, seed, out, tower=False):
     """CoT-SFT on the chains of the rule teacher; those of more than 150 tokens are left out. `tower`: the
     vision tower learns, too."""
     drafts = rule_drafts(rows, codec_of(model.config.model_type, processor))
-    chains = rows.select_columns(["image"]).add_column("prompt", [to_prompt(e) for e in rows["expression"]])
-    chains = chains.add_column("completion",
-                               [[{"role": "assistant", "content": [{"type": "text", "text": d.completion}]}]
-                                for d in drafts])
+    chains = to_learn(rows, [d.completion for d in drafts], REASON)
     chains = chains.select([k for k, d in enumerate(drafts) if d.completion
                             and len(processor.tokenizer(d.completion).input_ids) <= 150])
     size = replace(WORKSHOP, sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
