@@ -31,8 +31,10 @@ def tiny_sam_config() -> SamConfig:
                   initializer_range=0.05)
     decoder = dict(hidden_size=64, mlp_dim=128, num_attention_heads=4, num_multimask_outputs=1,
                    iou_head_depth=2, iou_head_hidden_dim=32)
-    return SamConfig(vision_config=vision, mask_decoder_config=decoder, initializer_range=0.05,
-                     prompt_encoder_config=dict(canvas, hidden_size=64))
+    config = SamConfig(vision_config=vision, mask_decoder_config=decoder, initializer_range=0.05,
+                       prompt_encoder_config=dict(canvas, hidden_size=64))
+    config.vision_config.scale = 1  # of the random frequencies of positions; transformers sets 48
+    return config
 
 def load_sam(
     name: str | Path = "tiny",  # random weights; or a folder with a SamModel
