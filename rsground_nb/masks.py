@@ -20,6 +20,7 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, SamC
 
 from .align import (Aligned, Aligner, Texts, add_lora, build_clip, dice_loss, load_clip,
                                read_texts, square_eyes)
+from .loading import ASSETS
 from .prompts import Prompts, box_prompts, make_prompts
 
 # %% ../nbs/deeper/masks.ipynb #b0ed5cb9
@@ -190,9 +191,11 @@ def save_segmenter(model: Segmenter, folder: str | Path):
     made = dict(model.built, **configs, eyes=eyes)
     (folder / "segmenter.json").write_text(json.dumps(made, indent=1, default=str))
 
-def load_segmenter(folder: str | Path) -> Segmenter:
+def load_segmenter(
+    folder: str | Path,  # or "tiny-segment", the model in the package
+) -> Segmenter:
     "The model of `save_segmenter` in float32. Raises ValueError for another folder."
-    folder = Path(folder)
+    folder = Path(str(ASSETS / "tiny_segment")) if folder == "tiny-segment" else Path(folder)
     if not (folder / "segmenter.json").exists():
         raise ValueError(f"{folder} holds no segmenter: segmenter.json is missing")
     made = json.loads((folder / "segmenter.json").read_text())
