@@ -33,7 +33,8 @@ class SpatialGRPOTrainer(GuardedTrainer):
         totals = (rewards * self.reward_weights.to(rewards)).nansum(1).view(-1, self._group_size)
         log = self._metrics["train" if self.model.training else "eval"]
         log["groups/signal"].append((totals.amax(1) - totals.amin(1) > 1e-6).float().mean().item())
-        log["groups/all_miss"].append((ious.nan_to_num(0.0).view_as(totals) == 0).all(1).float().mean().item())
+        missed = (ious.nan_to_num(0.0).view_as(totals) == 0).all(1)
+        log["groups/all_miss"].append(missed.float().mean().item())
         if self.args.consistency: self._weigh(ious, completions)
         return rewards
 

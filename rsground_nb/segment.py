@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from .align import read_texts
-from .boxes import draw_boxes, iou
+from .boxes import draw_boxes
 from .masks import masks_of_boxes, to_picture
 from .rivals import range_slider
 

@@ -153,8 +153,8 @@ def sam_step(model, size, views, texts, picture, targets, rng):
     return mask_loss(model.decode(features, true_prompts(targets, rng, model.embedding)), targets)
 
 def alone_loss(model, views, picture, targets, rng):
-    """One question of each picture, asked by a true box or point alone. Without it, the decoder learns to read
-    the dense prompt only. [ours]"""
+    """One question of each picture, asked by a true box or point alone. Without it, the decoder learns to
+    read the dense prompt only. [ours]"""
     first = [picture.tolist().index(k) for k in range(len(views.sam))]
     features = model.sam.vision_encoder(views.sam).last_hidden_state
     prompts = true_prompts(targets[first], rng, model.embedding, [(0, 1, 0), (0, 1, 0), (1, 0, 0)])

@@ -25,17 +25,18 @@ import torch
 from datasets import concatenate_datasets, load_from_disk
 
 from benchmark_thinking import completions, to_learn
+from rsground_nb.ablation import effect
 from rsground_nb.boxes import completion_box
 from rsground_nb.consistency import agreement
 from rsground_nb.drawing import get_style
 from rsground_nb.grpo import SpatialGRPOTrainer
 from rsground_nb.guards import WEIGHTS
-from rsground_nb.model import DIRECT, codec_of, load_vlm
+from rsground_nb.model import DIRECT, REASON, codec_of, load_vlm
 from rsground_nb.rewards import BoxReward
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
 from rsground_nb.sft import sft_trainer
-from rsground_nb.studies import arm_ious, effect, grpo_run, judge_run, run_all, run_id
+from rsground_nb.studies import arm_ious, grpo_run, judge_run, run_all, run_id
 from planting import planted
 from train_shipped import MIRRORS, drawn, learn_chains, real
 
@@ -44,7 +45,7 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "answers-early": (300, "answers"), "answers-middle": (900, "answers"), "chains-early": (400, "chains"),
     "chains-middle": (900, "chains"), "chains-30": (900, "30 %"), "chains-10": (900, "10 %"),
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
-RATE, THINK_RATE = 3e-4, 3e-4  # of GRPO
+RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
@@ -52,11 +53,11 @@ FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_ca
 # what an arm changes: settings of `grpo_run`, or `extra` (below)
 R_POS, PLAIN = dict(third="center"), dict(settings=dict(consistency=False))
 GROUP = dict(size=dict(scale_rewards="group"))
-ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes: 256 rollouts a step
-THOUGHTS = dict(prompts_per_step=16, processes=1)                         # 128 rollouts a step
+ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes; 256 rollouts a step
+THOUGHTS = dict(processes=1)
 
 
-MORE = dict(steps=400, rate=1e-3)  # as many minutes as GRPO takes
+MORE = dict(steps=1600, rate=1e-3)  # as many minutes as GRPO takes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -82,7 +83,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "group scaling": ("answers-early", 50, RATE, "IoU", {
         "IoU": GROUP | PLAIN, "+ R_pos": R_POS | GROUP | PLAIN}),
     "longer": ("answers-early", 200, RATE, "IoU", {
-        "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
+        "IoU": dict(extra="hits") | PLAIN, "both": dict(extra="hits") | R_POS | weighted()}),
     "base": ("tiny", 50, RATE, "IoU", {
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted()}),
     "transfer": ("answers-early", 50, RATE, "both kinds", {
@@ -91,7 +92,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "thoughts": ("chains-middle", 60, THINK_RATE, "IoU", {
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
         "more CoT-SFT": MORE | dict(more="chains")}),
-    "thoughts, near": ("tiny-sft", 60, 1e-4, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
+    "thoughts, near": ("tiny-sft", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
         "both": R_POS | weighted(), "more CoT-SFT": MORE | dict(more=STARTS[name][1])})
@@ -168,9 +169,11 @@ class CreditTrainer(SpatialGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        texts = self.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        ids = batch["completion_ids"].flatten(0, -2)  # (rollouts, tokens)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         codec = codec_of(self.model.config.model_type, self.processing_class)
-        p = torch.tensor([near(t, row, codec) for t, row in zip(texts, inputs)]).view(-1, self._group_size)
+        rows = zip(texts, inputs, strict=True)
+        p = torch.tensor([near(text, row, codec) for text, row in rows]).view(-1, self._group_size)
         spread = p.std(1, keepdim=True)
         credit = 0.3 * (spread / 0.15).clamp(max=1) * (p - p.mean(1, keepdim=True)) / (spread + 1e-4)
         batch["advantages"] += (credit * self._missed).view_as(batch["advantages"])
@@ -209,7 +212,18 @@ def disagreement(ious, boxes, size):
 WEIGHTS.update(shuffled=shuffled, level=level, disagreement=disagreement)  # placebos; and a true agreement
 
 
+class HitReward(BoxReward):
+    "1 from an IoU of 0.5, else 0. Only logged."
+    @property
+    def __name__(self): return "hit_reward"
+
+    def __call__(self, completions, **columns):
+        return [None if u is None else float(u >= 0.5) for u in super().__call__(completions, **columns)]
+
+
 def extras(run, codec):
+    "Reward functions with their weights."
+    if run.get("extra") == "hits": return {HitReward("iou", codec): 0.0}
     if run.get("extra") != "stepped": return {}
     return {SteppedReward("iou", codec): 1.0, BoxReward("iou", codec): 0.0}
 
@@ -247,36 +261,61 @@ def runs_of(study):
     return found
 
 
-def row_of(study, arm, found, name):
-    "A row of studies.csv."
+def row_of(study, arm, found, name, hops):
+    "A row of studies.csv; `hops`: of each question, None for real ones."
     run, ious = found["run"], np.array(found["ious"][name])
-    log = {column: np.array(values) for column, values in found["log"].items()}
     row = {"study": study, "arm": arm, "seed": run["seed"], "questions": name, "N": len(ious),
-           "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean(), "steps": run["steps"],
-           "minutes": found["minutes"], "run": run_id(run), "commit": found["commit"]}
-    for column, values in log.items():
+           "mIoU": ious.mean(), "Acc@0.5": (ious >= 0.5).mean()}
+    if hops is not None: row |= {f"Acc@0.5, {k} hops": (ious[hops == k] >= 0.5).mean() for k in (1, 2, 3)}
+    row |= {"steps": run["steps"], "minutes": found["minutes"], "run": run_id(run), **found["versions"],
+            "commit": found["commit"][:9], "command": f'python tests/studies.py run OUT "{study}"'}
+    for column, values in found["log"].items():
+        values = np.array(values)
         row |= {f"{column}, first 10": values[:10].mean(), f"{column}, last 10": values[-10:].mean()}
     return row
 
 
-def table(out):
-    "Write the two CSVs from the finished runs; effects of arms with all seeds."
-    rows, effects = [], []
-    images = {name: load_from_disk(out / "rows" / name)["image_id"][:] for name in JUDGED}
-    for study, (*_, base, arms) in STUDIES.items():
-        done = {}
+def finished(out):
+    "study -> arm -> its results, by seed."
+    done = {}
+    for study in STUDIES:
         for arm, run in runs_of(study):
             file = out / "runs" / f"{run_id(run)}.json"
-            if file.exists(): done.setdefault(arm, []).append(json.loads(file.read_text()))
-        rows += [row_of(study, arm, f, name) for arm, found in done.items() for f in found for name in JUDGED]
-        for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
-            for other in {base, "start"} - {arm}:
-                if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
-                for name in JUDGED:
-                    gap = effect(*[arm_ious(done[a], name) for a in (arm, other)], images[name])
-                    effects.append(dict(study=study, arm=arm, against=other, questions=name, **gap))
-    pd.DataFrame(rows).round(4).to_csv(HERE / "studies.csv", index=False)
-    pd.DataFrame(effects).round(4).to_csv(HERE / "studies_effects.csv", index=False)
+            if file.exists():
+                done.setdefault(study, {}).setdefault(arm, []).append(json.loads(file.read_text()))
+    return done
+
+
+def effects_of(study, done, images):
+    "Rows of studies_effects.csv: arms with all seeds against the arm that they are compared with."
+    base, arms = STUDIES[study][3], STUDIES[study][4]
+    for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
+        for other in {base, "start"} - {arm}:
+            if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
+            sets = {name: [name] for name in done[arm][0]["ious"]} | {"together": list(JUDGED)}
+            for name, parts in sets.items():
+                mine, theirs = [np.hstack([arm_ious(done[a], n) for n in parts]) for a in (arm, other)]
+                gap = effect(mine, theirs, sum([images[n] for n in parts], []))
+                yield dict(study=study, arm=arm, against=other, questions=name, **gap)
+
+
+def table(out):
+    "Write studies.csv, studies_effects.csv and studies_log.csv (some columns of the log, mean over seeds)."
+    sets = {name: load_from_disk(out / "rows" / name) for name in JUDGED + JUDGED_TOO}
+    hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
+    images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
+    rows, effects, logs, done = [], [], [], finished(out)
+    for study, arms in done.items():
+        effects += effects_of(study, arms, images)
+        for arm, results in arms.items():
+            rows += [row_of(study, arm, r, name, hops[name]) for r in results for name in r["ious"]]
+            if results[0]["log"] and len(results) == SEEDS:
+                log = pd.concat([pd.DataFrame(r["log"]) for r in results]).groupby(level=0).mean()
+                log = log.filter(regex="^reward_std|iou_reward|hit_reward|^groups|^entropy|^grad_norm")
+                logs.append(log.rename_axis("step").reset_index().assign(study=study, arm=arm))
+    for name, found in (("", rows), ("_effects", effects)):
+        pd.DataFrame(found).round(4).to_csv(HERE / f"studies{name}.csv", index=False)
+    pd.concat(logs).round(4).to_csv(HERE / "studies_log.csv", index=False)
 
 
 if __name__ == "__main__":

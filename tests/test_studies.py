@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from rsground_nb.ablation import effect, verdict
 from rsground_nb.boxes import parse_completion
-from rsground_nb.studies import arm_ious, box_only_reward, effect, run_all, run_id
+from rsground_nb.studies import arm_ious, box_only_reward, run_all, run_id
 
 WORK = '''
 import os, time
