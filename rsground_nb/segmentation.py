@@ -39,7 +39,7 @@ class SegmentSizes:
     structure: float = 0.2           # weight of SCR; 0: without
     alone: float = 1.0               # ground stage: weight of masks from a true box or point alone
     align_steps: int = 700
-    sam_steps: int = 400
+    sam_steps: int = 1000
     ground_steps: int = 200
     pictures_per_step: int = 16
     questions_per_picture: int = 4
@@ -112,7 +112,8 @@ class Questions:
         return torch.cat([F.interpolate(mask, (side, side), mode="area") for mask in masks])[:, 0]
 
 # %% ../nbs/reference/segmentation.ipynb #844d80f3
-KEPT = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)]  # point, box, rough mask
+KEPT = [(1, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 1),  # point, box, rough mask
+        (1, 1, 0), (0, 1, 1), (1, 0, 1)]
 
 def true_prompts(masks, rng, embedding, kept=KEPT):
     """Prompts made from true masks (n, side, side): a point inside, a box with edges moved by up to a tenth
