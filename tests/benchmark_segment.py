@@ -49,7 +49,7 @@ ARMS = {"whole": {}, "no SCR": dict(structure=0.0), "no dense prompt": dict(use=
 SIMPLE = STYLES["simple"]
 SETS = {"plain": SIMPLE, "small": replace(SIMPLE, sizes=(0.07, 0.14)),
         "clutter": replace(SIMPLE, objects=(7, 10), sizes=(0.1, 0.22), blotches=(20, 0.3), grain=8)}
-ONE_STEPS, TEST_SEED = 250, 7
+ONE_STEPS, TEST_SEED = 350, 7
 DRIFT = ("outside", "wrong", "response_outside", "response_wrong")
 
 
