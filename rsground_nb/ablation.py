@@ -5,30 +5,38 @@
 # %% auto #0
 __all__ = ['effect', 'verdict']
 
-# %% ../nbs/11_ablation.ipynb #1af822ae
+# %% ../nbs/11_ablation.ipynb #32c8ee70
+import math
+
 import numpy as np
+from scipy import stats
 
 from .evaluate import interval
 
-# %% ../nbs/11_ablation.ipynb #94c8e2d4
+# %% ../nbs/11_ablation.ipynb #59ee74cf
 def effect(
-    arm, other,  # (seeds, questions): IoU of each answer; the seeds of each arm are averaged
+    arm, other,  # (seeds, questions): IoU of each answer, seeds in the same order; `other` may have one seed
     images,      # (questions,) the image of each question
 ) -> dict:
-    "Mean over questions of arm - other in IoU and in Acc@0.5, each with its 95 % bootstrap interval. [ours]"
+    """Mean of arm - other in IoU and in Acc@0.5, with 95 % intervals [ours]: over pictures (_low, _high; a
+    bootstrap of the mean over seeds) and over seeds (_seeds_low, _seeds_high; Student's t, NaN for one)."""
     found = {}
     for name, score in (("IoU", np.asarray), ("Acc@0.5", lambda ious: np.asarray(ious) >= 0.5)):
-        gap = score(arm).mean(0) - score(other).mean(0)
+        arm_scores, other_scores = score(arm), score(other)
+        gap, each = (arm_scores.mean(axis) - other_scores.mean(axis) for axis in (0, 1))
         low, high = interval(gap, images)
         found |= {name: float(gap.mean()), f"{name}_low": low, f"{name}_high": high}
+        wide = stats.t.ppf(0.975, len(each) - 1) * stats.sem(each) if len(each) > 1 else math.nan
+        found |= {f"{name}_seeds_low": found[name] - wide, f"{name}_seeds_high": found[name] + wide}
     return found
 
-# %% ../nbs/11_ablation.ipynb #cf4d7f4c
+# %% ../nbs/11_ablation.ipynb #dbab1978
 def verdict(
-    low: float, high: float,  # 95 % interval of an effect
-    least: float = 0.01,      # smaller effects do not matter
+    *intervals,           # (low, high) of one effect, each
+    least: float = 0.01,  # a smaller gain does not matter
 ) -> str:
-    "gain, loss, no effect (none above `least`) or cannot tell. [ours]"
-    if low > 0: return "gain"
-    if high < 0: return "loss"
-    return "no effect" if -least <= low and high <= least else "cannot tell"
+    "gain, loss, no gain (of `least` or more) or cannot tell. [ours]"
+    lows, highs = zip(*intervals)
+    if min(lows) > 0: return "gain"
+    if max(highs) < 0: return "loss"
+    return "no gain" if max(highs) < least else "cannot tell"

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import load_from_disk
+from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from .boxes import BOX
 from .evaluate import predict, write_predictions
@@ -77,6 +79,7 @@ def grpo_run(
     asked: folder of rows (`save_to_disk`); judged: name -> folder of rows; thinks: with thoughts (False);
     third: name of `box_rewards` (None), its weight beta (0.1) and alpha (2.5); size: fields of the
     workshop's Scale; settings: of SpatialGRPOConfig."""
+    disable_progress_bar()
     start(run["seed"])
     model, processor = load_vlm(run["start"])
     codec, template = codec_of(model.config.model_type, processor), REASON if run.get("thinks") else DIRECT
@@ -88,6 +91,7 @@ def grpo_run(
     trainer = grpo_trainer(model, processor, rows, codec, size, run["seed"], folder / "trainer", [*rewards],
                            trainer_class, disable_tqdm=True, reward_weights=[*rewards.values()],
                            **run.get("settings", {}))
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = pd.DataFrame([r for r in trainer.state.log_history if "loss" in r]).filter(regex=LOGGED).round(4)
     return dict(ious=judge_run(model, processor, run, folder, template), log=log.to_dict("list"))

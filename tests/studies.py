@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,9 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
 RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
+KEPT = {"base": ("start",), "rewards": ("start", "IoU", "+ R_pos", "weight alone"),  # components
+        "consistency": ("paper's weight",),
+        "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT")}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -276,27 +280,43 @@ def row_of(study, arm, found, name, hops):
 
 
 def finished(out):
-    "study -> arm -> its results, by seed."
+    "study -> arm -> its results, by seed; only arms that all seeds have finished, and their starts."
     done = {}
     for study in STUDIES:
         for arm, run in runs_of(study):
             file = out / "runs" / f"{run_id(run)}.json"
             if file.exists():
                 done.setdefault(study, {}).setdefault(arm, []).append(json.loads(file.read_text()))
-    return done
+    whole = {study: {arm: found for arm, found in arms.items() if len(found) == (arm == "start" or SEEDS)}
+             for study, arms in done.items()}
+    return {study: arms for study, arms in whole.items() if set(arms) - {"start"}}
 
 
 def effects_of(study, done, images):
-    "Rows of studies_effects.csv: arms with all seeds against the arm that they are compared with."
-    base, arms = STUDIES[study][3], STUDIES[study][4]
-    for arm in [a for a in arms if len(done.get(a, [])) == SEEDS]:
-        for other in {base, "start"} - {arm}:
-            if len(done.get(other, [])) < (1 if other == "start" else SEEDS): continue
+    "Rows of studies_effects.csv: each arm against the one it is compared with, and against the start."
+    for arm in [a for a in done if a != "start"]:
+        for other in [o for o in (STUDIES[study][3], "start") if o in done and o != arm]:
             sets = {name: [name] for name in done[arm][0]["ious"]} | {"together": list(JUDGED)}
             for name, parts in sets.items():
                 mine, theirs = [np.hstack([arm_ious(done[a], n) for n in parts]) for a in (arm, other)]
                 gap = effect(mine, theirs, sum([images[n] for n in parts], []))
                 yield dict(study=study, arm=arm, against=other, questions=name, **gap)
+
+
+def keep_predictions(out, done):
+    "Write the boxes of the models of KEPT: predictions/STUDY_ARM.zip with a file for each seed and set."
+    (HERE / "predictions").mkdir(exist_ok=True)
+    for study, arm in [(s, a) for s, arms in KEPT.items() for a in arms if a in done.get(s, {})]:
+        name = f"{study}_{arm}".replace(" ", "_").replace("'", "")
+        with ZipFile(HERE / "predictions" / f"{name}.zip", "w", ZIP_LZMA) as kept:
+            for found, questions in [(f, q) for f in done[study][arm] for q in JUDGED]:
+                lines = []
+                for line in (out / "runs" / f"{run_id(found['run'])}_{questions}.jsonl").open():
+                    p = json.loads(line)
+                    box = p["predicted"] and [round(v, 2) for v in p["predicted"]]
+                    lines.append(dict(expression_id=p["expression_id"], predicted=box))
+                entry = ZipInfo(f"{found['run']['seed']}_{questions}.jsonl")  # of a fixed date
+                kept.writestr(entry, "".join(json.dumps(line) + "\n" for line in lines), ZIP_LZMA)
 
 
 def table(out):
@@ -305,11 +325,12 @@ def table(out):
     hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
     images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
     rows, effects, logs, done = [], [], [], finished(out)
+    keep_predictions(out, done)
     for study, arms in done.items():
         effects += effects_of(study, arms, images)
         for arm, results in arms.items():
             rows += [row_of(study, arm, r, name, hops[name]) for r in results for name in r["ious"]]
-            if results[0]["log"] and len(results) == SEEDS:
+            if results[0]["log"]:
                 log = pd.concat([pd.DataFrame(r["log"]) for r in results]).groupby(level=0).mean()
                 log = log.filter(regex="^reward_std|iou_reward|hit_reward|^groups|^entropy|^grad_norm")
                 logs.append(log.rename_axis("step").reset_index().assign(study=study, arm=arm))

@@ -205,30 +205,43 @@ def judge(folder, out):
             "real, test airports": real(folder / "0", "test", 0.14)}
     stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")),
               "more CoT-SFT": sorted(out.glob("more-?"))}
-    table, items = [], []
+    items = []
     for what, rows in sets.items():
-        pictures, hops, found = rows["image_id"], np.array(rows["hops"]), {}
         for stage, names in stages.items():
-            if not names: continue
             template = DIRECT if stage == "base" else REASON
-            found[stage] = np.array([[p["iou"] for p in predict(*load_vlm(str(n)), rows, 160, 64,
-                                                                template=template)] for n in names])
-            ious, hits = found[stage].mean(0), (found[stage] >= 0.5).mean(0)
-            row = {"stage": stage, "questions": what, "N": len(rows), "seeds": len(names),
-                   "mIoU": ious.mean(), "Acc@0.5": hits.mean()}
+            for k, name in enumerate(names):
+                found = predict(*load_vlm(str(name)), rows, 160, 64, template=template)
+                items += [dict(questions=what, stage=stage, seed=k, item=i, iou=round(p["iou"], 4))
+                          for i, p in enumerate(found)]
+            print(what, stage, flush=True)
+    pd.DataFrame(items).to_csv(out / "items.csv", index=False)
+    summarise(pd.DataFrame(items), sets).to_csv(TABLE, index=False)
+
+
+def summarise(items, sets):
+    "The rows of shipped.csv; those of all kinds that have no rival also apart."
+    mixed = sets["drawn, all kinds"]
+    alone = np.array([sum(o["category"] == category for o in things) == 1
+                      for category, things in zip(mixed["category"], mixed["objects"])])
+    parts = [(what, what, np.ones(len(rows), bool)) for what, rows in sets.items()]
+    table = []
+    for name, what, keep in parts + [("drawn, without a rival", "drawn, all kinds", alone)]:
+        pictures, hops = (np.array(sets[what][c][:])[keep] for c in ("image_id", "hops"))
+        mine = items[items.questions == what].pivot(index=["stage", "seed"], columns="item", values="iou")
+        before = mine.loc["CoT-SFT"].to_numpy()[0, keep]
+        for stage in items.stage.unique():
+            each = mine.loc[stage].to_numpy()[:, keep]
+            ious, hits = each.mean(0), (each >= 0.5).mean(0)
+            row = dict(stage=stage, questions=name, N=keep.sum(), seeds=len(each), mIoU=ious.mean())
+            row["Acc@0.5"] = hits.mean()
             row["low"], row["high"] = interval(hits, pictures)
             row |= {f"hops {k}": hits[hops == k].mean() for k in (1, 2, 3)}
             if stage in ("GRPO", "more CoT-SFT"):
-                for name, gap in (("gain", ious - found["CoT-SFT"][0]),
-                                  ("hits", hits - (found["CoT-SFT"][0] >= 0.5))):
-                    row[name] = gap.mean()
-                    row[f"{name}_low"], row[f"{name}_high"] = interval(gap, pictures)
+                for change, gap in (("gain", ious - before), ("hits", hits - (before >= 0.5))):
+                    row[change] = gap.mean()
+                    row[f"{change}_low"], row[f"{change}_high"] = interval(gap, pictures)
             table.append(row)
-            items += [dict(questions=what, stage=stage, seed=k, item=i, iou=round(v, 4))
-                      for k, vs in enumerate(found[stage]) for i, v in enumerate(vs)]
-            print(row, flush=True)
-    pd.DataFrame(table).round(4).to_csv(TABLE, index=False)
-    pd.DataFrame(items).to_csv(out / "items.csv", index=False)
+    return pd.DataFrame(table).round(4)
 
 
 def show(picture):
