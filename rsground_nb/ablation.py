@@ -13,7 +13,7 @@ from scipy import stats
 
 from .evaluate import interval
 
-# %% ../nbs/11_ablation.ipynb #59ee74cf
+# %% ../nbs/11_ablation.ipynb #1fe059a7
 def effect(
     arm, other,  # (seeds, questions): IoU of each answer, seeds in the same order; `other` may have one seed
     images,      # (questions,) the image of each question
@@ -26,7 +26,7 @@ def effect(
         gap, each = (arm_scores.mean(axis) - other_scores.mean(axis) for axis in (0, 1))
         low, high = interval(gap, images)
         found |= {name: float(gap.mean()), f"{name}_low": low, f"{name}_high": high}
-        wide = stats.t.ppf(0.975, len(each) - 1) * stats.sem(each) if len(each) > 1 else math.nan
+        wide = float(stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)) if len(each) > 1 else math.nan
         found |= {f"{name}_seeds_low": found[name] - wide, f"{name}_seeds_high": found[name] + wide}
     return found
 

@@ -1,10 +1,10 @@
-"""Studies: trainings that differ in one idea, five seeds of each. Not finished: no table is committed yet.
+"""Studies: trainings that differ in one idea, five seeds of each. The tables hold what is finished.
 
     python tests/studies.py data OUT REAL          the questions, in OUT/rows (REAL: as in train_shipped.py)
     python tests/studies.py starts OUT [NAME ...]  the models that GRPO starts from, in OUT/starts
     python tests/studies.py run OUT STUDY ...      every run that OUT/runs lacks; STUDY: a name of STUDIES
     python tests/studies.py table OUT              tests/studies.csv (a row for each run and set of questions)
-                                                   and tests/studies_effects.csv
+                                                   studies_effects.csv, studies_log.csv and predictions/
 
 Students that answer without thoughts: a rollout has 18 tokens instead of 65, and the rewards are about boxes.
 Studies whose name begins with "thoughts" are about students that think. GRPO asks 4,096 drawn questions with
@@ -289,7 +289,7 @@ def finished(out):
                 done.setdefault(study, {}).setdefault(arm, []).append(json.loads(file.read_text()))
     whole = {study: {arm: found for arm, found in arms.items() if len(found) == (arm == "start" or SEEDS)}
              for study, arms in done.items()}
-    return {study: arms for study, arms in whole.items() if set(arms) - {"start"}}
+    return {study: arms for study, arms in whole.items() if set(arms) - {"start", STUDIES[study][3]}}
 
 
 def effects_of(study, done, images):
