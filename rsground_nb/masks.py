@@ -20,6 +20,7 @@ from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPTokenizer, SamC
 
 from .align import (Aligned, Aligner, Texts, add_lora, build_clip, dice_loss, load_clip,
                                read_texts, square_eyes)
+from .loading import ASSETS
 from .prompts import Prompts, box_prompts, make_prompts
 
 # %% ../nbs/deeper/masks.ipynb #b0ed5cb9
@@ -31,8 +32,10 @@ def tiny_sam_config() -> SamConfig:
                   initializer_range=0.05)
     decoder = dict(hidden_size=64, mlp_dim=128, num_attention_heads=4, num_multimask_outputs=1,
                    iou_head_depth=2, iou_head_hidden_dim=32)
-    return SamConfig(vision_config=vision, mask_decoder_config=decoder, initializer_range=0.05,
-                     prompt_encoder_config=dict(canvas, hidden_size=64))
+    config = SamConfig(vision_config=vision, mask_decoder_config=decoder, initializer_range=0.05,
+                       prompt_encoder_config=dict(canvas, hidden_size=64))
+    config.vision_config.scale = 1  # of the random frequencies of positions; transformers sets 48
+    return config
 
 def load_sam(
     name: str | Path = "tiny",  # random weights; or a folder with a SamModel
@@ -190,9 +193,11 @@ def save_segmenter(model: Segmenter, folder: str | Path):
     made = dict(model.built, **configs, eyes=eyes)
     (folder / "segmenter.json").write_text(json.dumps(made, indent=1, default=str))
 
-def load_segmenter(folder: str | Path) -> Segmenter:
+def load_segmenter(
+    folder: str | Path,  # or "tiny-segment", the model in the package
+) -> Segmenter:
     "The model of `save_segmenter` in float32. Raises ValueError for another folder."
-    folder = Path(folder)
+    folder = Path(str(ASSETS / "tiny_segment")) if folder == "tiny-segment" else Path(folder)
     if not (folder / "segmenter.json").exists():
         raise ValueError(f"{folder} holds no segmenter: segmenter.json is missing")
     made = json.loads((folder / "segmenter.json").read_text())

@@ -117,6 +117,4 @@ def box_prompts(
         if not (0 <= x1 < x2 <= canvas and 0 <= y1 < y2 <= canvas):
             box = [round(v, 1) for v in (x1, y1, x2, y2)]
             raise ValueError(f"the box {box} has no area inside the canvas of {canvas} px: check its frame")
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    labels = torch.tensor([[1.0, -10.0]]).expand(len(boxes), 2)
-    return Prompts(torch.stack([centre, centre], 1), labels, boxes, None)
+    return Prompts(None, None, boxes, None)

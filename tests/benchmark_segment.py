@@ -1,82 +1,190 @@
-"""Which parts of the second system pay? Trains each arm and scores all on the same held-out drawn questions.
-Writes tests/benchmark_segment.csv (one row an arm and seed).
+"""Which parts of the second system pay? Trains each arm with several seeds and scores all of them on the same
+held-out drawn questions. Writes benchmark_segment.csv (one row for each set and arm, over all seeds) and
+benchmark_segment_seeds.csv (one for each set, arm and seed).
 
-    python tests/benchmark_segment.py OUT [--seeds 5] [--scenes 6000] [--questions 512]
+    python tests/benchmark_segment.py OUT [--seeds 5] [--scenes 6000] [--questions 512] [--write FOLDER]
+    python tests/benchmark_segment.py OUT --smoke        a minute, to see that it runs
 
-Arms: whole, no SCR, no dense prompt, no sparse prompts, no cues, one stage (patches straight to a mask), and
-on the whole system's SAM: the box of the shipped GRPO model as prompt, the true box, the largest object. A
-finished arm is not trained again; an interrupted one continues.
+Arms: whole, no SCR, no dense prompt, no sparse prompts, no cues; one stage (patches straight to a mask; it
+starts from the whole system's first stage and trains for as long as the other two take); and with the whole
+system's SAM: the box of the shipped GRPO model as prompt, the true box, the largest object. Arms that differ
+from the whole system only in the last stage start from its first two.
+
+Sets: plain (the scenes of the training), clutter (7 to 10 smaller objects, a rougher ground), small (objects
+of 7 to 14 % of the side). Size: thirds of the set by the area of the target; crowding: up to 3 objects, more.
+
+Drift [ours]: `outside` is the share of the answered mask that lies outside the target, and `wrong` the share
+inside the box of the one wrong object that got most of it; `response_outside` and `response_wrong` are the
+same for the response map. Questions with an empty mask do not count there. `change` is the paired difference
+in IoU from the whole system, with a 95 % interval over pictures.
+
+A finished arm is neither trained nor scored again, and an interrupted training continues.
 """
 import argparse
-import time
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from rsground_nb.align import coverage, read_texts, response_loss, structure_loss
-from rsground_nb.evaluate import predict
+from rsground_nb.drawing import STYLES
+from rsground_nb.evaluate import interval, largest_object, predict
 from rsground_nb.folders import to_dataset
-from rsground_nb.masks import make_segmenter, mask_loss, masks_of_boxes, predict_masks, to_picture
+from rsground_nb.masks import make_segmenter, mask_loss, to_picture
 from rsground_nb.model import load_tiny
 from rsground_nb.pretrain import run_steps
+from rsground_nb.scale import start
 from rsground_nb.scenes import scene_records
-from rsground_nb.segmentation import (TINY, OneStage, Questions, drawn, judge_masks, segment_rows,
-                                      train_segmenter)
+from rsground_nb.segment import filled, masks_for
+from rsground_nb.segmentation import SMOKE, TINY, OneStage, Questions, drawn, segment_rows, train_segmenter
 from rsground_nb.shapes import decode_mask
 
 ARMS = {"whole": {}, "no SCR": dict(structure=0.0), "no dense prompt": dict(use=("sparse", "cues")),
         "no sparse prompts": dict(use=("dense", "cues")), "no cues": dict(use=("sparse", "dense"))}
+SIMPLE = STYLES["simple"]
+SETS = {"plain": SIMPLE, "small": replace(SIMPLE, sizes=(0.07, 0.14)),
+        "clutter": replace(SIMPLE, objects=(7, 10), sizes=(0.1, 0.22), blotches=(20, 0.3), grain=8)}
+ONE_STEPS, TEST_SEED = 350, 7
+DRIFT = ("outside", "wrong", "response_outside", "response_wrong")
 
 
-def one_stage(rows, size, seed, folder):
-    """The baseline, trained with as many steps as the align and ground stages have together."""
+def arm_folder(out, seed, arm): return out / f"{seed}-{arm.replace(' ', '-')}"
+
+
+def trained_arm(rows, size, seed, out, arm):
+    """The model of an arm."""
+    folder, whole = arm_folder(out, seed, arm), arm_folder(out, seed, "whole") / "trainer"
+    work = folder / "trainer"
+    if "structure" not in ARMS[arm] and arm != "whole" and not folder.exists():
+        work.mkdir(parents=True)
+        for name in ("align.pt", "sam.pt", "pretrain.csv"): shutil.copy(whole / name, work / name)
+    model = train_segmenter(rows, replace(size, **ARMS[arm]), seed, folder)
+    if arm != "whole": shutil.rmtree(work, ignore_errors=True)
+    return model
+
+
+def answers_of(model):
+    """Its masks and responses."""
+    @torch.no_grad()
+    def answer(images, texts):
+        read = read_texts(model.tools.tokenizer, texts)
+        made = model.eval()(model.views(images), read, torch.arange(len(images)))
+        return [to_picture(m, image) for m, image in zip(made.masks, images)], made.aligned.sentence
+    return answer
+
+
+def one_stage(rows, size, seed, out, steps):
+    """Trains the baseline and returns its masks and responses."""
+    whole, folder = make_segmenter(seed=seed), arm_folder(out, seed, "one stage")
+    first = torch.load(arm_folder(out, seed, "whole") / "trainer" / "align.pt", weights_only=True)
+    whole.load_state_dict(first["trained"])
     torch.manual_seed(seed)
-    whole = make_segmenter(seed=seed)
     model, questions = OneStage(whole.aligner, whole.canvas, whole.tools), Questions(rows)
     folder.mkdir(parents=True, exist_ok=True)
 
     def loss_at(step):
-        rng = np.random.default_rng([seed, 4, step])
-        views, texts, picture, targets = drawn(whole, questions, size, rng)
+        views, texts, picture, targets = drawn(whole, questions, size, np.random.default_rng([seed, 4, step]))
         aligned, logits = model(views.clip, texts, picture)
         loss = mask_loss(logits, targets) + response_loss(aligned.sentence, coverage(targets, 14))
         loss = loss + size.structure * structure_loss(aligned, texts)
         return loss, dict(loss=loss.item())
 
-    run_steps("one", model, list(model.parameters()), loss_at, size.align_steps + size.ground_steps, folder,
-              size.align_rate)
+    run_steps("one", model, list(model.parameters()), loss_at, steps, folder, size.ground_rate,
+              save_every=50)
 
     @torch.no_grad()
-    def answer(images, expressions):
-        texts = read_texts(whole.tools.tokenizer, expressions)
-        _, made = model.eval()(whole.views(images).clip, texts, torch.arange(len(images)))
-        return [to_picture(logits, image) for logits, image in zip(made, images)]
+    def answer(images, texts):
+        read = read_texts(whole.tools.tokenizer, texts)
+        aligned, made = model.eval()(whole.views(images).clip, read, torch.arange(len(images)))
+        return [to_picture(logits, image) for logits, image in zip(made, images)], aligned.sentence
     return answer
 
 
-def with_boxes(model, boxes, side):
-    """Answers with SAM, prompted by one box a row in order. A missing box, or one without area, gives an
-    empty mask."""
+def with_boxes(model, boxes):
+    """The masks that SAM draws for given boxes, one a row in order; no responses."""
     left = iter(boxes)
-
-    def answer(images, expressions):
-        found = [next(left) for _ in images]
-        cut = [box and tuple(min(max(v, 0), side) for v in box) for box in found]
-        fine = [bool(box) and box[0] < box[2] and box[1] < box[3] for box in cut]
-        asked = [k for k, good in enumerate(fine) if good]
-        masks = [np.zeros((side, side), bool) for _ in images]
-        made = masks_of_boxes(model, [images[k] for k in asked], [cut[k] for k in asked]) if asked else []
-        for k, mask in zip(asked, made): masks[k] = mask
-        return masks
-    return answer
+    return lambda images, texts: (masks_for(model, images, [next(left) for _ in images]), None)
 
 
-def largest(rows):
-    def size(box): return (box[2] - box[0]) * (box[3] - box[1])
-    return [max((o["box"] for o in things), key=size) for things in rows["objects"]]
+def drift(weight, row):
+    """(share outside the target, share on the strongest wrong object) of an array >= 0 in the picture's size;
+    NaN if it is 0 everywhere."""
+    total, size = weight.sum(), weight.shape[::-1]
+    if not total: return np.nan, np.nan
+    others = [weight[filled(o["box"], *size)].sum() for o in row["objects"] if o["box"] != row["box"]]
+    return 1 - weight[decode_mask(row["mask"])].sum() / total, max(others, default=0) / total
+
+
+def measured(answer, rows):
+    """One row for each question: pixels shared and in the union, IoU, drift."""
+    found = []
+    for k in range(0, len(rows), 32):
+        part = rows.select(range(k, min(k + 32, len(rows))))
+        masks, maps = answer(part["image"][:], part["expression"][:])
+        if maps is not None:
+            size = part[0]["height"], part[0]["width"]
+            maps = F.interpolate(maps.sigmoid()[:, None], size, mode="bilinear")[:, 0].numpy()
+        for i, (row, mask) in enumerate(zip(part.remove_columns("image"), masks)):
+            true = decode_mask(row["mask"])
+            both, union = int((mask & true).sum()), int((mask | true).sum())
+            shares = *drift(mask, row), *((np.nan,) * 2 if maps is None else drift(maps[i], row))
+            found.append(dict(image=row["image_id"], area=true.sum(), objects=len(row["objects"]), both=both,
+                              union=union, iou=both / union, **dict(zip(DRIFT, shares))))
+    return pd.DataFrame(found)
+
+
+def summary(each):
+    """Scores of one arm on one set; the seeds of a question are averaged before the interval is drawn."""
+    question = each.groupby("question").mean(numeric_only=True)
+    images = each.groupby("question").image.first()
+    size = pd.qcut(question.area, 3, labels=["small", "medium", "large"])
+    crowd = np.where(question.objects <= 3, "few", "many")
+    low, high = interval(question.iou, images)
+    row = dict(seeds=each.seed.nunique(), N=len(question), mIoU=question.iou.mean(), mIoU_low=low,
+               mIoU_high=high, between_seeds=each.groupby("seed").iou.mean().std(),
+               oIoU=each.both.sum() / each.union.sum())
+    row |= {f"Pr@{t}": (each.iou >= t).mean() for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    row |= {**question.iou.groupby(size, observed=False).mean(), **question.iou.groupby(crowd).mean()}
+    return row | {name: each[name].mean() for name in DRIFT}
+
+
+def change_from_whole(each, whole):
+    """Paired difference in IoU with its interval."""
+    name = ["question", "seed"]
+    pairs = each.set_index(name).iou - whole.set_index(name).iou
+    difference = pairs.dropna().groupby("question").mean()
+    low, high = interval(difference, each.groupby("question").image.first().loc[difference.index])
+    return dict(change=difference.mean(), change_low=low, change_high=high)
+
+
+def write_tables(out, folder):
+    """Both tables from the files of `score`."""
+    files = sorted((out / "scores").glob("*.csv"))
+    data = pd.concat([pd.read_csv(f).assign(**dict(zip(("set", "seed", "arm"), f.stem.split("_"))))
+                      for f in files])
+    tables = {"": ["set", "arm"], "_seeds": ["set", "arm", "seed"]}
+    for end, keys in tables.items():
+        rows = []
+        for key, each in data.groupby(keys, sort=False):
+            whole = data[(data.arm == "whole") & (data.set == key[0]) & data.seed.isin(each.seed)]
+            rows.append(dict(zip(keys, key)) | summary(each) | change_from_whole(each, whole))
+        pd.DataFrame(rows).round(4).to_csv(folder / f"benchmark_segment{end}.csv", index=False)
+
+
+def boxes_of(tests, out, limit):
+    """Set -> boxes of the shipped GRPO model (None: no box), kept in a file."""
+    path = out / "boxes.json"
+    if not path.exists():
+        vlm = load_tiny("grpo")
+        found = {name: [p["predicted"] for p in predict(*vlm, rows, limit, 64)]
+                 for name, rows in tests.items()}
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
 
 
 def main():
@@ -84,32 +192,38 @@ def main():
     parser.add_argument("out", type=Path)
     for name, count in (("seeds", 5), ("scenes", 6000), ("questions", 512)):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--write", type=Path, help="folder for the tables (OUT, unless given)")
+    parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    test, found = to_dataset(list(scene_records(args.questions, 0, split="test"))), []
-    vlm = [p["predicted"] for p in predict(*load_tiny("grpo"), test, 160, 64)]  # None: no box
-    side = test[0]["width"]
+    size, steps, limit = (SMOKE, 4, 40) if args.smoke else (TINY, ONE_STEPS, 160)
+    if args.smoke: args.seeds, args.scenes, args.questions = 2, 12, 24
+    start(0)
+    (args.out / "scores").mkdir(parents=True, exist_ok=True)
+    tests = {name: to_dataset(list(scene_records(args.questions, TEST_SEED, split="test", style=style)))
+             for name, style in SETS.items()}
+    vlm = boxes_of(tests, args.out, limit)
 
-    def note(arm, seed, answer, began):
-        scores, each = judge_masks(answer, test, seed=seed)
-        found.append(dict(arm=arm, seed=seed, minutes=round((time.time() - began) / 60, 1), **scores))
-        areas = np.array([decode_mask(m).mean() for m in test["mask"]])
-        small = areas < np.median(areas)
-        found[-1] |= dict(small=np.mean(np.array(each)[small]), large=np.mean(np.array(each)[~small]))
-        pd.DataFrame(found).round(4).to_csv(Path(__file__).with_suffix(".csv"), index=False)
+    def score(seed, arm, made):
+        """`made(set)` gives what answers."""
+        for name, rows in tests.items():
+            path = args.out / "scores" / f"{name}_{seed}_{arm}.csv"
+            if path.exists(): continue
+            found = measured(made(name), rows)
+            found.rename_axis("question").to_csv(path)
+        write_tables(args.out, args.write or args.out)
 
     for seed in range(args.seeds):
         rows = segment_rows(args.scenes, seed)
-        for arm, change in ARMS.items():
-            began = time.time()
-            folder = args.out / f"{seed}-{arm.replace(' ', '-')}"
-            model = train_segmenter(rows, replace(TINY, **change), seed, folder)
-            note(arm, seed, lambda images, texts: predict_masks(model, images, texts), began)
-            if arm == "whole":
-                boxes = {"GRPO's box": vlm, "true box": test["box"][:], "largest object": largest(test)}
-                for name, given in boxes.items():
-                    note(name, seed, with_boxes(model, given, side), time.time())
-        began = time.time()
-        note("one stage", seed, one_stage(rows, TINY, seed, args.out / f"{seed}-one-stage"), began)
+        for arm in ARMS:
+            model = trained_arm(rows, size, seed, args.out, arm)
+            score(seed, arm, lambda name: answers_of(model))
+            if arm == "whole": sam = model
+        boxes = {"GRPO's box": vlm, "true box": {name: rows["box"][:] for name, rows in tests.items()},
+                 "largest object": {name: [p["predicted"] for p in largest_object(rows)]
+                                    for name, rows in tests.items()}}
+        for arm, given in boxes.items(): score(seed, arm, lambda name: with_boxes(sam, given[name]))
+        answer = one_stage(rows, size, seed, args.out, steps)
+        score(seed, "one stage", lambda name: answer)
 
 
 if __name__ == "__main__":

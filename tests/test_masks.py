@@ -5,9 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from rsground_nb.align import read_texts
+from rsground_nb.folders import to_dataset
 from rsground_nb.masks import load_segmenter, make_segmenter, mask_loss, predict_masks
-from rsground_nb.segmentation import SMOKE, Questions, segment_rows, train_segmenter, trained_in
+from rsground_nb.scenes import scene_records
+from rsground_nb.segment import mask_iou, masks_for
+from rsground_nb.segmentation import (SMOKE, Questions, drawn, ground_step, segment_rows, train_segmenter,
+                                      trained_in)
+from rsground_nb.shapes import decode_mask
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +108,37 @@ def test_another_setting_does_not_take_a_finished_folder(rows, tmp_path):
     with pytest.raises(ValueError, match="holds another run"):
         train_segmenter(rows, replace(SMOKE, structure=0.0), 0, tmp_path)
     assert load_segmenter(tmp_path).use == ("sparse", "dense", "cues")
+
+
+def test_neighbouring_places_have_similar_codes():
+    code = make_segmenter().sam.get_image_wide_positional_embeddings()[0].detach()
+    def alike(a, b): return torch.cosine_similarity(a, b, 0).mean().item()
+    assert alike(code[:, :, 1:], code[:, :, :-1]) > 0.4 > abs(alike(code[:, :, :7], code[:, :, 7:]))
+
+
+def test_only_questions_without_a_rough_mask_train_the_code_for_none(rows):
+    model, questions = make_segmenter(), Questions(rows)
+    none = model.sam.prompt_encoder.no_mask_embed.weight
+    for alone, moves in ((0.0, False), (1.0, True)):
+        size, rng = replace(SMOKE, alone=alone), np.random.default_rng(0)
+        model.zero_grad()
+        ground_step(model, size, *drawn(model, questions, size, rng), rng).backward()
+        assert (none.grad is not None and bool(none.grad.any())) == moves
+
+
+def test_the_shipped_segmenter_reads_words_and_boxes():
+    model, rows = load_segmenter("tiny-segment"), to_dataset(list(scene_records(48, 5, split="test")))
+    def score(made): return np.mean([mask_iou(a, decode_mask(b)) for a, b in zip(made, rows["mask"])])
+    images, boxes = rows["image"][:], rows["box"][:]
+    asked = score(predict_masks(model, images, rows["expression"][:]))
+    others = score(predict_masks(model, images, rows["expression"][1:] + rows["expression"][:1]))
+    assert asked > 0.5 > others
+    turned = boxes[1:] + boxes[:1]
+    assert score(masks_for(model, images, boxes)) > 0.5 > score(masks_for(model, images, turned))
+
+
+def test_the_weights_are_small_and_have_a_card():
+    folder = ROOT / "rsground_nb" / "assets" / "tiny_segment"
+    assert (folder / "model.safetensors").stat().st_size < 6e6
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for word in ("Data", "Time", "Command", "Measured", "Licence", "Limits"): assert f"**{word}**" in card

@@ -152,7 +152,7 @@ def test_the_wheel_and_the_source_archive_hold_the_model_and_load_it_offline(tmp
     subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d",
                     str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     [archive] = tmp_path.glob("*.tar.gz")
-    wanted = {str(p.relative_to(ROOT)) for folder in SHIPPED.values()
+    wanted = {str(p.relative_to(ROOT)) for folder in (*SHIPPED.values(), "tiny_segment")
               for p in (ROOT / "rsground_nb" / "assets" / folder).iterdir()}
     with tarfile.open(archive) as opened: opened.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()

@@ -1,0 +1,61 @@
+"""The functions of chapter 12, on the shipped segmenter."""
+import numpy as np
+import pytest
+
+from rsground_nb.drawing import draw_scene
+from rsground_nb.masks import load_segmenter
+from rsground_nb.scenes import Scene, masks, place
+from rsground_nb.segment import filled, ground, mask_explorer, mask_iou, mask_rewards, masks_for
+
+SCENE = Scene(112, "grass", [place("tank", "red", (30, 30), 30), place("ship", "blue", (80, 80), 40)])
+PICTURE = draw_scene(SCENE, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def model(): return load_segmenter("tiny-segment")
+
+
+def test_a_filled_box_holds_the_pixels_whose_centres_are_inside():
+    assert filled((1, 0, 3, 2), 4, 3).tolist() == [[False, True, True, False]] * 2 + [[False] * 4]
+    assert not filled((1.6, 1.6, 2.4, 2.4), 4, 4).any()
+    assert filled((-9, -9, 99, 99), 4, 3).all()
+
+
+def test_places_are_in_pixels_of_the_picture(model):
+    own, wide = ground(model, PICTURE, "the ship"), ground(model, PICTURE.resize((224, 112)), "the ship")
+    assert wide.mask.shape == (112, 224) and own.mask.shape == (112, 112)
+    assert np.allclose(wide.points[0], own.points[0] * (2, 1), atol=4)
+    assert np.allclose(wide.box, own.box * (2, 1, 2, 1), atol=6)
+    assert masks(SCENE)[1][tuple(own.points[0].astype(int)[::-1])]
+
+
+def test_an_expression_without_words_is_refused(model):
+    with pytest.raises(ValueError, match="has no words"): ground(model, PICTURE, " ")
+
+
+def test_each_box_gets_its_own_mask_and_none_gets_an_empty_one(model):
+    boxes = [None, SCENE.things[1].box, (5, 5, 5, 9), SCENE.things[0].box, (200, 5, 300, 9)]
+    found = masks_for(model, [PICTURE] * 5, boxes)
+    assert [bool(mask.any()) for mask in found] == [False, True, False, True, False]
+    tank, ship = masks(SCENE)
+    assert mask_iou(found[1], ship) > 0.5 > mask_iou(found[1], tank)
+    assert mask_iou(found[3], tank) > 0.5 > mask_iou(found[3], ship)
+    assert masks_for(model, [PICTURE], [None])[0].shape == (112, 112)
+
+
+def test_a_box_over_the_edge_is_cut(model):
+    whole, cut = masks_for(model, [PICTURE] * 2, [(-50, -50, 45, 45), (0, 0, 45, 45)])
+    assert (whole == cut).all()
+
+
+def test_rewards_are_those_of_the_own_box(model):
+    tank = masks(SCENE)[0]
+    right, none, other = mask_rewards(model, PICTURE, [SCENE.things[0].box, None, SCENE.things[1].box], tank)
+    assert right > 0.5 and none == 0 and other < 0.2
+
+
+def test_the_sliders_change_the_picture(model):
+    picture, x, _ = mask_explorer(model, PICTURE, SCENE.things[0].box).children
+    before = picture.value
+    x.value = (60, 100)
+    assert picture.value != before
