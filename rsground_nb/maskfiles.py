@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from .align import Aligner, Texts, add_lora, clip_tokenizer, load_tokenizer, read_texts
 from .data import load_data
-from .launch import parse_parts
+from .launch import _setting, parse_parts
 from .loading import ASSETS
 from .masks import PARTS, Segmenter, Views, load_segmenter, to_picture
 from .maskscores import draw_masks
@@ -35,10 +35,6 @@ from .segmentation import SegmentSizes, segment_rows, train_segmenter, trained_i
 from .shapes import decode_mask, encode_mask, mask_box
 
 # %% ../nbs/reference/maskfiles.ipynb #904263f9
-def _setting(text, aliases=(), **default):
-    named = {"aliases": list(aliases)} if aliases else {}
-    return field(metadata={**named, "help": text}, **default)
-
 @dataclass
 class SegmentArguments:
     "Which rows to use, and where the model goes."

@@ -123,11 +123,17 @@ def prepare(folder, out):
     for name, part in rows.items(): part.save_to_disk(out / "rows" / name)
 
 
-def learn_answers(model, processor, rows, steps, rate, seed, out):
+def learn_texts(model, processor, rows, said, template, steps, rate, seed, out):
+    "SFT on one text for each row."
+    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
+    kept = to_learn(rows, said, template)
+    sft_trainer(model, processor, kept, size, seed, out, disable_tqdm=True).train()
+
+
+def learn_answers(model, processor, rows, *how):
     "SFT on the bare boxes."
     said = completions(rows, codec_of(model.config.model_type, processor), DIRECT)
-    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
-    sft_trainer(model, processor, to_learn(rows, said, DIRECT), size, seed, out, disable_tqdm=True).train()
+    learn_texts(model, processor, rows, said, DIRECT, *how)
 
 
 def learn_faulty(model, processor, rows, steps, rate, seed, out):
@@ -136,8 +142,7 @@ def learn_faulty(model, processor, rows, steps, rate, seed, out):
     for row in rows.remove_columns("image"):
         codes = rng.permutation(FAULTS).tolist() if rng.random() < 0.5 else []
         said += [text for _, _, text, _ in planted([row], codec, rng, [*codes, "ok"])]
-    size = replace(get_scale("workshop"), sft_steps=steps, sft_learning_rate=rate, rows_per_pass=16)
-    sft_trainer(model, processor, to_learn(rows, said, REASON), size, seed, out, disable_tqdm=True).train()
+    learn_texts(model, processor, rows, said, REASON, steps, rate, seed, out)
 
 
 def learn(what, model, processor, rows, steps, rate, seed, out):
