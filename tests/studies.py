@@ -59,9 +59,8 @@ R_POS, PLAIN = dict(third="center"), dict(settings=dict(consistency=False))
 GROUP = dict(size=dict(scale_rewards="group"))
 ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes; 256 rollouts a step
 THOUGHTS = dict(processes=1)
-
-
-MORE = dict(steps=1600, rate=1e-3)  # as many minutes as GRPO takes
+HALF = dict(size=dict(prompts_per_step=16))  # 128 rollouts
+MORE, MORE_HALF = [dict(steps=steps, rate=1e-3) for steps in (800, 400)]  # the minutes that GRPO takes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -99,7 +98,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "thoughts, near": ("tiny-sft", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
-        "both": R_POS | weighted(), "more CoT-SFT": MORE | dict(more=STARTS[name][1])})
+        "both": R_POS | weighted() | HALF, "more CoT-SFT": MORE_HALF | dict(more=STARTS[name][1])})
        for name in ("chains-10", "chains-30", "chains-faulty", "chains-drawn")},
 }
 
@@ -256,7 +255,8 @@ def runs_of(study):
     "(arm, run) of a study, all arms of a seed before the next seed. `start` is the model before GRPO."
     first, steps, rate, _, arms = STUDIES[study]
     first, sets, size = f"starts/{first}" if first in STARTS else first, JUDGED, ANSWERS
-    if study.startswith("thoughts"): sets, size = JUDGED + JUDGED_TOO, THOUGHTS
+    if study == "thoughts": sets = JUDGED + JUDGED_TOO
+    if study.startswith("thoughts"): size = THOUGHTS
     same = dict(start=first, judged={name: f"rows/{name}" for name in sets})
     if study.startswith("thoughts"): same["thinks"] = True
     found = [("start", dict(same, asked="rows/grpo", steps=0, seed=0))]
