@@ -703,7 +703,7 @@ def read_coco(path: Path, images: ImageFolder) -> tuple:
 
 # %% ../nbs/reference/files.ipynb #4b6402aa
 def read_refer(path: Path, images: ImageFolder) -> tuple:
-    """REFER format (RRSIS-D, RISBench): `refs(*).p`, a list of {ann_id, split, sentences: [{sent_id, sent}]},
+    """REFER format (RRSIS-D): `refs(*).p`, a list of {ann_id, split, sentences: [{sent_id, sent}]},
     and instances.json (COCO) beside it. Boxes come from the masks."""
     refs = open_pickle(path)
     if not isinstance(refs, list): raise Defect("unreadable", "not a list of references")
@@ -735,12 +735,13 @@ def read_refer(path: Path, images: ImageFolder) -> tuple:
 
 # %% ../nbs/reference/files.ipynb #f987eaf4
 def read_phrases(path: Path, images: ImageFolder) -> tuple:
-    """RefSegRS and RISBench: lines `<id> <phrase>`, images/<id>.tif and masks/<id>.tif. Boxes come from the
-    masks."""
+    """RefSegRS: lines `<id> <phrase>`, images/<id>.tif and masks/<id>.tif. RISBench: lines `<file> <phrase>`,
+    img_rgb/<file> and mask/<file>. Boxes come from the masks."""
     if not images.folders:
         said = "boxes come from masks, which were not looked for"
         return [], [Finding("no box", said, path.name, kept=True)]
-    masks = ImageFolder([f.parent / "masks" for f in images.folders])
+    folders = [f.parent / name for f in images.folders for name in ("masks", "mask")]
+    masks = ImageFolder([f for f in folders if f.is_dir()] or folders[:1])
     def row(item):
         line, text = item
         stem, _, phrase = text.partition(" ")
@@ -965,7 +966,7 @@ LAYOUTS = {
     "refer": Layout(
         read_refer, {"": ("refs(*).p", "*/refs(*).p")}, ("images/rrsisd/JPEGImages", "images", "JPEGImages")
     ),
-    "phrases": Layout(read_phrases, {s: (f"output_phrase_{s}.txt",) for s in SPLITS}, ("images",)),
+    "phrases": Layout(read_phrases, {s: (f"output_phrase_{s}.txt",) for s in SPLITS}, ("images", "img_rgb")),
     "yolo": Layout(
         read_yolo, by_split("labels/{n}/*.txt", "{n}/labels/*.txt", rest=("labels/*.txt",)), (".",)
     ),

@@ -124,6 +124,13 @@ def make_phrases(root):
     return [("train", "the road on the left", [5, 6, 30, 25])]
 
 
+def make_risbench(root):
+    picture(root / "img_rgb" / "train_0_3.png")
+    mask_picture(root / "mask" / "train_0_3.png", (5, 6, 30, 25))
+    write(root / "output_phrase_val.txt", "train_0_3.png the road on the left\n")
+    return [("val", "the road on the left", [5, 6, 30, 25])]
+
+
 def make_yolo(root):
     picture(root / "images" / "train" / "a.png", (100, 200))
     write(root / "labels" / "train" / "a.txt", "0 0.5 0.5 0.2 0.2\n1 0.2 0.2 0.1 0.1\n1 0.8 0.2 0.1 0.1\n")
@@ -188,8 +195,8 @@ MAKERS = {"dior_rsvg": make_dior, "rsvg_hr": make_rsvg_hr, "vrsbench": make_vrsb
 def test_every_layout_is_tested_here(): assert set(MAKERS) == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("format, make", [*MAKERS.items(), ("dior_rsvg", make_opt)],
-                         ids=[*MAKERS, "opt_rsvg"])
+@pytest.mark.parametrize("format, make", [*MAKERS.items(), ("dior_rsvg", make_opt),
+                                          ("phrases", make_risbench)], ids=[*MAKERS, "opt_rsvg", "risbench"])
 def test_a_layout_is_guessed_read_and_loaded(format, make, tmp_path):
     expected = make(tmp_path)
     guessed, rows, findings = read_rows(tmp_path, probe=True)

@@ -50,7 +50,17 @@ def make_refsegrs(root, first=0):
         (root / f"output_phrase_{split}.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def make_risbench(root): make_refsegrs(root, first=20000)
+def make_risbench(root):
+    """img_rgb/<file>, mask/<file> and lines `<file> <phrase>`; those for validation name files `train_...`."""
+    for folder in ("img_rgb", "mask"): (root / folder).mkdir(parents=True)
+    for k, split in enumerate(SPLITS):
+        lines = []
+        for n, (image, text, mask) in enumerate(pictures(split)):
+            name = f"{'test' if split == 'test' else 'train'}_{k}_{n}.png"
+            image.save(root / "img_rgb" / name)
+            Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB").save(root / "mask" / name)
+            lines.append(f"{name} {text}\n")
+        (root / f"output_phrase_{split}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def make_rrsisd(root):
