@@ -5,7 +5,7 @@ import pytest
 from rsground_nb.drawing import draw_scene
 from rsground_nb.masks import load_segmenter
 from rsground_nb.scenes import Scene, masks, place
-from rsground_nb.segment import filled, ground, mask_explorer, mask_iou, mask_rewards, masks_for
+from rsground_nb.segment import filled, ground, mask_explorer, mask_iou, mask_rewards, masks_for, prompted
 
 SCENE = Scene(112, "grass", [place("tank", "red", (30, 30), 30), place("ship", "blue", (80, 80), 40)])
 PICTURE = draw_scene(SCENE, np.random.default_rng(0))
@@ -54,8 +54,24 @@ def test_rewards_are_those_of_the_own_box(model):
     assert right > 0.5 and none == 0 and other < 0.2
 
 
-def test_the_sliders_change_the_picture(model):
-    picture, x, _ = mask_explorer(model, PICTURE, SCENE.things[0].box).children
-    before = picture.value
-    x.value = (60, 100)
-    assert picture.value != before
+def test_a_click_or_a_drag_changes_the_picture(model):
+    pointer = mask_explorer(model, PICTURE, SCENE.things[0].box)
+    (x1, y1, x2, y2), pictures = (v / 112 for v in SCENE.things[1].box), [pointer.picture]
+    middle = [(x1 + x2) / 2, (y1 + y2) / 2]
+    for drawn in ([x1, y1, x2, y2], middle * 2):
+        pointer.drawn = drawn
+        pictures.append(pointer.picture)
+    assert len(set(pictures)) == 3
+
+
+def test_a_point_marks_the_object_under_it(model):
+    for thing, true in zip(SCENE.things, masks(SCENE)):
+        x1, y1, x2, y2 = thing.box
+        assert mask_iou(prompted(model, PICTURE, [(x1 + x2) / 2, (y1 + y2) / 2]), true) > 0.5
+        assert mask_iou(prompted(model, PICTURE, thing.box), true) > 0.5
+
+
+@pytest.mark.parametrize("drawn, message", [((130, 5), "point .130, 5. lies outside"), ((5, -1), "outside"),
+                                            ((90, 5, 130, 20), "no area inside the canvas")])
+def test_a_prompt_outside_the_picture_is_refused(model, drawn, message):
+    with pytest.raises(ValueError, match=message): prompted(model, PICTURE, drawn)
