@@ -93,7 +93,7 @@ def prompted(
     "SAM's (height, width) mask for a point or a box. Raises ValueError for one outside the picture."
     if len(drawn) == 4: return masks_of_boxes(model, [image], [drawn])[0]
     if not all(0 <= v <= side for v, side in zip(drawn, image.size)):
-        raise ValueError(f"the point {tuple(drawn)} lies outside the picture of {image.width} x {image.height} px")
+        raise ValueError(f"the point {tuple(drawn)} lies outside the {image.width} x {image.height} picture")
     point = torch.tensor([[drawn, drawn]]) * model.canvas / torch.tensor(image.size)
     prompts = Prompts(point, torch.tensor([[1.0, -10.0]]), None, None)  # 1: on the object, -10: no point
     features = model.eval().sam.vision_encoder(model.views([image]).sam).last_hidden_state

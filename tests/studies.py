@@ -32,11 +32,14 @@ from rsground_nb.consistency import agreement
 from rsground_nb.drawing import get_style
 from rsground_nb.grpo import SpatialGRPOTrainer
 from rsground_nb.guards import WEIGHTS
+from rsground_nb.masks import load_segmenter
 from rsground_nb.model import DIRECT, REASON, codec_of, load_vlm
-from rsground_nb.rewards import BoxReward
+from rsground_nb.rewards import BoxReward, text_of
 from rsground_nb.run import commit
 from rsground_nb.scale import get_scale, start
+from rsground_nb.segment import mask_iou, masks_for
 from rsground_nb.sft import sft_trainer
+from rsground_nb.shapes import decode_mask
 from rsground_nb.studies import arm_ious, grpo_run, judge_run, run_all, run_id
 from planting import planted
 from train_shipped import MIRRORS, drawn, learn_chains, real
@@ -92,6 +95,9 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "transfer": ("answers-early", 50, RATE, "both kinds", {
         "both kinds": PLAIN, "drawn questions only": dict(asked="rows/grpo_drawn") | PLAIN,
         "real questions only": dict(asked="rows/grpo_real") | PLAIN}),
+    "mask reward": ("answers-early", 50, RATE, "IoU", {
+        "IoU": dict(asked="rows/grpo_drawn") | PLAIN,
+        "+ R_mask": dict(asked="rows/grpo_drawn", extra="mask") | PLAIN}),
     "thoughts": ("chains-middle", 60, THINK_RATE, "IoU", {
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
         "more CoT-SFT": MORE | dict(more="chains")}),
@@ -229,8 +235,25 @@ class HitReward(BoxReward):
         return [None if u is None else float(u >= 0.5) for u in super().__call__(completions, **columns)]
 
 
+class MaskReward:
+    "IoU of the mask that the shipped SAM draws for the box (chapter 12); 0 without a box."
+    __name__ = "mask_reward"
+
+    def __init__(self, codec, asked):
+        self.codec, self.model = codec, load_segmenter("tiny-segment")
+        rows = load_from_disk(asked).select_columns(["box", "mask"])
+        self.true = {tuple(row["box"]): row["mask"] for row in rows}
+
+    def __call__(self, completions, image, box, width, height, **columns):
+        found = [completion_box(text_of(c), self.codec, w, h)
+                 for c, w, h in zip(completions, width, height, strict=True)]
+        return [mask_iou(mask, decode_mask(self.true[tuple(b)]))
+                for mask, b in zip(masks_for(self.model, image, found), box, strict=True)]
+
+
 def extras(run, codec):
     "Reward functions with their weights."
+    if run.get("extra") == "mask": return {MaskReward(codec, run["asked"]): 1.0}
     if run.get("extra") == "hits": return {HitReward("iou", codec): 0.0}
     if run.get("extra") != "stepped": return {}
     return {SteppedReward("iou", codec): 1.0, BoxReward("iou", codec): 0.0}
@@ -268,6 +291,18 @@ def runs_of(study):
                 run = dict(same, asked="rows/grpo", steps=steps, seed=seed)
                 found.append((arm, run | change | dict(size=sizes)))
     return found
+
+
+def mask_ious(out, run, name, rows):
+    "IoU of the masks that SAM draws for the boxes of a run; kept in a file."
+    path = out / "runs" / f"{run_id(run)}_{name}_masks.json"
+    if not path.exists():
+        lines = map(json.loads, (out / "runs" / f"{run_id(run)}_{name}.jsonl").open())
+        boxes = {line["expression_id"]: line["predicted"] for line in lines}
+        masks = masks_for(load_segmenter("tiny-segment"), rows["image"][:],
+                          [boxes[i] for i in rows["expression_id"]])
+        path.write_text(json.dumps([mask_iou(m, decode_mask(t)) for m, t in zip(masks, rows["mask"])]))
+    return json.loads(path.read_text())
 
 
 def row_of(study, arm, found, name, hops):
@@ -330,6 +365,10 @@ def table(out):
     hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
     images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
     rows, effects, logs, done = [], [], [], finished(out)
+    for found in sum(done.get("mask reward", {}).values(), []):  # also score SAM's masks for the boxes
+        for name in ("rival", "all"):
+            found["ious"][f"{name}, masks"] = mask_ious(out, found["run"], name, sets[name])
+            hops[f"{name}, masks"], images[f"{name}, masks"] = hops[name], images[name]
     keep_predictions(out, done)
     for study, arms in done.items():
         effects += effects_of(study, arms, images)

@@ -51,7 +51,7 @@ def make_refsegrs(root, first=0):
 
 
 def make_risbench(root):
-    """img_rgb/<file>, mask/<file> and lines `<file> <phrase>`; those for validation name files `train_...`."""
+    """img_rgb/<file>, mask/<file> and lines `<file> <phrase>`; those for validation name `train_...`."""
     for folder in ("img_rgb", "mask"): (root / folder).mkdir(parents=True)
     for k, split in enumerate(SPLITS):
         lines = []
