@@ -144,7 +144,7 @@ def read_texts(
     "Raises ValueError for an expression without words and for one that is too long."
     read = [structure(text) for text in texts]
     for text, one in zip(texts, read):
-        if not one.words: raise ValueError(f"the expression {text!r} has no words")
+        if not set(one.words) - {","}: raise ValueError(f"the expression {text!r} has no words")
     made = tokenizer([one.words for one in read], is_split_into_words=True, padding=True,
                      return_tensors="pt")
     for text, length in zip(texts, made.attention_mask.sum(1).tolist()):
