@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
-from rsground_nb.ablation import effect, verdict
+from rsground_nb.ablation import effect, seed_effects, verdict
 from conftest import ROOT
 from rsground_nb.boxes import parse_completion
 from rsground_nb.folders import write_jsonl
@@ -115,6 +115,13 @@ def test_questions_of_one_picture_are_drawn_together():
     arm, other = np.array([[1.0, 1.0, 0.0, 0.0] * 10]), np.zeros((1, 40))
     apart, together = effect(arm, other, range(40)), effect(arm, other, np.arange(40) // 2)
     assert together["IoU_high"] - together["IoU_low"] > apart["IoU_high"] - apart["IoU_low"]
+
+
+def test_the_effects_of_single_seeds_have_the_tables_mean():
+    runs, effects = (pd.read_csv(ROOT / "tests" / f"studies{name}.csv") for name in ("", "_effects"))
+    for row in effects[effects.questions == "together"].itertuples():
+        each = seed_effects(runs, row.study, row.arm, row.against)
+        assert len(each) == 5 and each.mean() == pytest.approx(row.IoU, abs=3e-4), row  # both are rounded
 
 
 def test_the_ious_of_an_arm_have_a_row_for_each_seed():
