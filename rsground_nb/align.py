@@ -98,6 +98,7 @@ def build_clip(config: CLIPConfig, stem: bool) -> CLIPModel:
     if stem: clip.vision_model.embeddings.patch_embedding = Stem(vision.hidden_size, vision.patch_size)
     return clip
 
+# %% ../nbs/deeper/align.ipynb #ecec8f87
 def square_eyes(side, mean, std) -> CLIPImageProcessorPil:
     "Resizes a picture to a square of `side` pixels without cropping, and normalises it."
     return CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False, image_mean=mean,

@@ -123,6 +123,7 @@ class Segmenter(nn.Module):
         if "dense" not in self.use: given = given._replace(dense=None)
         return Segmented(aligned, prompts, self.decode(features, given))
 
+# %% ../nbs/deeper/masks.ipynb #08019a80
 def make_segmenter(
     clip_name="tiny", sam_name="tiny",  # or folders
     seed: int = 0,

@@ -121,6 +121,7 @@ def photo_bank(
         owner[k] = torch.from_numpy(box_owner(kept, n))
     return Bank(objects, pixels, owner)
 
+# %% ../nbs/deeper/pretrain.ipynb #d072863b
 def box_owner(boxes, n):
     "(n, n) integers: the box that covers most of a cell, from 1; 0 where none covers a third of it."
     edge = np.arange(n) / n
@@ -322,6 +323,7 @@ class Rows(NamedTuple):
     first: int             # where the visual tokens start
     cells: int             # how many there are
 
+# %% ../nbs/deeper/pretrain.ipynb #81dcc4eb
 def pack_rows(
     processor, model,
     grid: torch.Tensor,  # (pictures, 3), all the same
@@ -492,6 +494,7 @@ def save_log(out, row):
         rows = pd.concat([old[(old.stage != row["stage"]) | (old.step < row["step"])], rows])
     rows.round(4).to_csv(path, index=False)
 
+# %% ../nbs/deeper/pretrain.ipynb #c57169b1
 def pretrain(
     out: str | Path,            # folder for checkpoints, pretrain.csv and the finished model
     eye_steps: int = 4000,      # with 32 pictures each
