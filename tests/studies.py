@@ -51,8 +51,8 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
 RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
-KEPT = {"base": ("start",), "rewards": ("start", "IoU", "+ R_pos", "weight alone"),  # components
-        "consistency": ("paper's weight",),
+KEPT = {"base": ("start", "IoU", "+ R_pos", "weight alone", "both"),  # components
+        "rewards": ("start", "IoU", "+ R_pos", "weight alone"), "consistency": ("paper's weight",),
         "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT")}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
