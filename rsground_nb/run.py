@@ -42,7 +42,7 @@ ORDER = [  # every notebook in import order: a module may import only those befo
     "reference/launch", "reference/alarms", "10_evaluate", "reference/scoring", "deeper/align",
     "deeper/prompts", "deeper/masks", "reference/segmentation", "reference/maskscores",
     "reference/maskfiles", "reference/steps", "reference/studies", "11_ablation", "deeper/starts",
-    "12_segment", "reference/run"]
+    "12_segment", "deeper/drift", "reference/run"]
 COURSE = ["00_tour", *(name for name in ORDER if "/" not in name)]  # the tour has no module and may use all
 
 def notebooks_folder() -> Path:

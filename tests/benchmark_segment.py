@@ -1,22 +1,22 @@
 """Which parts of the second system pay? Trains each arm with several seeds and scores all of them on the same
-held-out drawn questions. Writes benchmark_segment.csv (one row for each set and arm, over all seeds) and
-benchmark_segment_seeds.csv (one for each set, arm and seed).
+held-out drawn questions. Writes benchmark_segment.csv (scores, a row for each set and arm, over all seeds),
+benchmark_segment_effects.csv (the whole system against each arm) and benchmark_segment_seeds.csv.
 
-    python tests/benchmark_segment.py OUT [--seeds 5] [--scenes 6000] [--questions 512] [--write FOLDER]
+    python tests/benchmark_segment.py OUT [--seeds 0 1 2 3 4] [--share 0.5] [--scenes 6000] [--questions 512]
+                                         [--arms ARM ...] [--write FOLDER]
     python tests/benchmark_segment.py OUT --smoke        a minute, to see that it runs
 
-Arms: whole, no SCR, no dense prompt, no sparse prompts, no cues; one stage (patches straight to a mask; it
-starts from the whole system's first stage and trains for as long as the other two take); and with the whole
-system's SAM: the box of the shipped GRPO model as prompt, the true box, the largest object. Arms that differ
-from the whole system only in the last stage start from its first two.
+Arms ("whole" must be among them): whole, no SCR, no dense prompt, no sparse prompts, no cues; one stage
+(patches straight to a mask; it starts from the whole system's first stage and trains for as long as the other
+two take); and with the whole system's SAM: the box of the shipped GRPO model as prompt, the true box, the
+largest object. Arms that differ from the whole system only in the last stage start from its first two.
 
-Sets: plain (the scenes of the training), clutter (7 to 10 smaller objects, a rougher ground), small (objects
-of 7 to 14 % of the side). Size: thirds of the set by the area of the target; crowding: up to 3 objects, more.
+Sets and drift: `deeper/drift`. `outside` and `wrong` are the drift of the answered mask, `response_outside`
+and `response_wrong` that of the response map. Size: thirds of a set by the area of the target; crowding: up
+to 3 objects, more.
 
-Drift [ours]: `outside` is the share of the answered mask that lies outside the target, and `wrong` the share
-inside the box of the one wrong object that got most of it; `response_outside` and `response_wrong` are the
-same for the response map. Questions with an empty mask do not count there. `change` is the paired difference
-in IoU from the whole system, with a 95 % interval over pictures.
+`--share` is the share of the shipped segmenter's steps that every stage of every arm is trained for;
+with 1, the tables are named benchmark_segment_full.csv and so on.
 
 A finished arm is neither trained nor scored again, and an interrupted training continues.
 """
@@ -31,8 +31,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from rsground_nb.ablation import effect
 from rsground_nb.align import coverage, read_texts, response_loss, structure_loss
-from rsground_nb.drawing import STYLES
+from rsground_nb.drift import SETS, drift
 from rsground_nb.evaluate import interval, largest_object, predict
 from rsground_nb.folders import to_dataset
 from rsground_nb.masks import make_segmenter, mask_loss, to_picture
@@ -40,16 +41,14 @@ from rsground_nb.model import load_tiny
 from rsground_nb.pretrain import run_steps
 from rsground_nb.scale import start
 from rsground_nb.scenes import scene_records
-from rsground_nb.segment import filled, masks_for
+from rsground_nb.segment import masks_for
 from rsground_nb.segmentation import SMOKE, TINY, OneStage, Questions, drawn, segment_rows, train_segmenter
 from rsground_nb.shapes import decode_mask
 
 ARMS = {"whole": {}, "no SCR": dict(structure=0.0), "no dense prompt": dict(use=("sparse", "cues")),
         "no sparse prompts": dict(use=("dense", "cues")), "no cues": dict(use=("sparse", "dense"))}
-SIMPLE = STYLES["simple"]
-SETS = {"plain": SIMPLE, "small": replace(SIMPLE, sizes=(0.07, 0.14)),
-        "clutter": replace(SIMPLE, objects=(7, 10), sizes=(0.1, 0.22), blotches=(20, 0.3), grain=8)}
 ONE_STEPS, TEST_SEED = 350, 7
+STEPS = "align_steps", "sam_steps", "ground_steps"
 DRIFT = ("outside", "wrong", "response_outside", "response_wrong")
 
 
@@ -111,15 +110,6 @@ def with_boxes(model, boxes):
     return lambda images, texts: (masks_for(model, images, [next(left) for _ in images]), None)
 
 
-def drift(weight, row):
-    """(share outside the target, share on the strongest wrong object) of an array >= 0 in the picture's size;
-    NaN if it is 0 everywhere."""
-    total, size = weight.sum(), weight.shape[::-1]
-    if not total: return np.nan, np.nan
-    others = [weight[filled(o["box"], *size)].sum() for o in row["objects"] if o["box"] != row["box"]]
-    return 1 - weight[decode_mask(row["mask"])].sum() / total, max(others, default=0) / total
-
-
 def measured(answer, rows):
     """One row for each question: pixels shared and in the union, IoU, drift."""
     found = []
@@ -132,7 +122,9 @@ def measured(answer, rows):
         for i, (row, mask) in enumerate(zip(part.remove_columns("image"), masks)):
             true = decode_mask(row["mask"])
             both, union = int((mask & true).sum()), int((mask | true).sum())
-            shares = *drift(mask, row), *((np.nan,) * 2 if maps is None else drift(maps[i], row))
+            others = [o["box"] for o in row["objects"] if o["box"] != row["box"]]
+            shares = *drift(mask, true, others), *((np.nan,) * 2 if maps is None
+                                                   else drift(maps[i], true, others))
             found.append(dict(image=row["image_id"], area=true.sum(), objects=len(row["objects"]), both=both,
                               union=union, iou=both / union, **dict(zip(DRIFT, shares))))
     return pd.DataFrame(found)
@@ -146,34 +138,46 @@ def summary(each):
     crowd = np.where(question.objects <= 3, "few", "many")
     low, high = interval(question.iou, images)
     row = dict(seeds=each.seed.nunique(), N=len(question), mIoU=question.iou.mean(), mIoU_low=low,
-               mIoU_high=high, between_seeds=each.groupby("seed").iou.mean().std(),
-               oIoU=each.both.sum() / each.union.sum())
+               mIoU_high=high, oIoU=each.both.sum() / each.union.sum())
     row |= {f"Pr@{t}": (each.iou >= t).mean() for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
     row |= {**question.iou.groupby(size, observed=False).mean(), **question.iou.groupby(crowd).mean()}
     return row | {name: each[name].mean() for name in DRIFT}
 
 
-def change_from_whole(each, whole):
-    """Paired difference in IoU with its interval."""
-    name = ["question", "seed"]
-    pairs = each.set_index(name).iou - whole.set_index(name).iou
-    difference = pairs.dropna().groupby("question").mean()
-    low, high = interval(difference, each.groupby("question").image.first().loc[difference.index])
-    return dict(change=difference.mean(), change_low=low, change_high=high)
+def change(arm, other, column):
+    """The effect (chapter 11) on a column: an arm against another one with the same seeds."""
+    scores = [each.pivot(index="seed", columns="question", values=column) for each in (arm, other)]
+    found = effect(*scores, arm.groupby("question").image.first())
+    return {name: value for name, value in found.items() if name.startswith("IoU")}
 
 
-def write_tables(out, folder):
-    """Both tables from the files of `score`."""
+def changes(each, data):
+    """Rows of the table of effects: by how much the whole system has a higher IoU than an arm, and less
+    drift."""
+    whole = data[(data.arm == "whole") & data.seed.isin(each.seed)]
+    size = each.groupby("question").area.first()
+    parts = {"": size.index, ", small third": size.index[size <= size.quantile(1 / 3)],
+             ", large third": size.index[size >= size.quantile(2 / 3)]}
+    found = [dict(on=f"IoU{name}", **change(*(d[d.question.isin(part)] for d in (whole, each)), "iou"))
+             for name, part in parts.items()]
+    drifts = [name for name in DRIFT if not each[name].isna().any()]
+    return found + [dict(on=name, **change(each, whole, name)) for name in drifts]
+
+
+def write_tables(out, folder, name="benchmark_segment"):
+    """The tables from the files of `score`; only arms that the same seeds have finished."""
     files = sorted((out / "scores").glob("*.csv"))
     data = pd.concat([pd.read_csv(f).assign(**dict(zip(("set", "seed", "arm"), f.stem.split("_"))))
                       for f in files])
-    tables = {"": ["set", "arm"], "_seeds": ["set", "arm", "seed"]}
-    for end, keys in tables.items():
-        rows = []
-        for key, each in data.groupby(keys, sort=False):
-            whole = data[(data.arm == "whole") & (data.set == key[0]) & data.seed.isin(each.seed)]
-            rows.append(dict(zip(keys, key)) | summary(each) | change_from_whole(each, whole))
-        pd.DataFrame(rows).round(4).to_csv(folder / f"benchmark_segment{end}.csv", index=False)
+    rows, seeds, effects = [], [], []
+    for (scenes, arm), each in data.groupby(["set", "arm"], sort=False):
+        rows.append(dict(set=scenes, arm=arm, **summary(each)))
+        for seed, one in each.groupby("seed"):
+            seeds.append(dict(set=scenes, arm=arm, seed=seed, N=len(one), mIoU=one.iou.mean()))
+        if arm != "whole":
+            effects += [dict(set=scenes, arm=arm, **row) for row in changes(each, data[data.set == scenes])]
+    for end, table in (("", rows), ("_seeds", seeds), ("_effects", effects)):
+        pd.DataFrame(table).round(4).to_csv(folder / f"{name}{end}.csv", index=False)
 
 
 def boxes_of(tests, out, limit):
@@ -190,13 +194,17 @@ def boxes_of(tests, out, limit):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    for name, count in (("seeds", 5), ("scenes", 6000), ("questions", 512)):
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--share", type=float, default=0.5)
+    for name, count in (("scenes", 6000), ("questions", 512)):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="all, unless given")
     parser.add_argument("--write", type=Path, help="folder for the tables (OUT, unless given)")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
-    size, steps, limit = (SMOKE, 4, 40) if args.smoke else (TINY, ONE_STEPS, 160)
-    if args.smoke: args.seeds, args.scenes, args.questions = 2, 12, 24
+    size, steps, limit = (SMOKE, 4, 40) if args.smoke else (TINY, round(args.share * ONE_STEPS), 160)
+    if args.smoke: args.seeds, args.scenes, args.questions = [0, 1], 12, 24
+    else: size = replace(size, **{name: round(args.share * getattr(size, name)) for name in STEPS})
     start(0)
     (args.out / "scores").mkdir(parents=True, exist_ok=True)
     tests = {name: to_dataset(list(scene_records(args.questions, TEST_SEED, split="test", style=style)))
@@ -210,18 +218,21 @@ def main():
             if path.exists(): continue
             found = measured(made(name), rows)
             found.rename_axis("question").to_csv(path)
-        write_tables(args.out, args.write or args.out)
+        write_tables(args.out, args.write or args.out, f"benchmark_segment{'_full' * (args.share == 1)}")
 
-    for seed in range(args.seeds):
+    chosen = args.arms or [*ARMS, "GRPO's box", "true box", "largest object", "one stage"]
+    for seed in args.seeds:
         rows = segment_rows(args.scenes, seed)
-        for arm in ARMS:
+        for arm in (a for a in ARMS if a in chosen):
             model = trained_arm(rows, size, seed, args.out, arm)
             score(seed, arm, lambda name: answers_of(model))
             if arm == "whole": sam = model
         boxes = {"GRPO's box": vlm, "true box": {name: rows["box"][:] for name, rows in tests.items()},
                  "largest object": {name: [p["predicted"] for p in largest_object(rows)]
                                     for name, rows in tests.items()}}
-        for arm, given in boxes.items(): score(seed, arm, lambda name: with_boxes(sam, given[name]))
+        for arm in (a for a in boxes if a in chosen):
+            score(seed, arm, lambda name: with_boxes(sam, boxes[arm][name]))
+        if "one stage" not in chosen: continue
         answer = one_stage(rows, size, seed, args.out, steps)
         score(seed, "one stage", lambda name: answer)
 
