@@ -13,15 +13,15 @@ import numpy as np
 from .drawing import STYLES
 from .segment import filled
 
-# %% ../nbs/deeper/drift.ipynb #5e0a2de2
+# %% ../nbs/deeper/drift.ipynb #5786f082
 def drift(
     weight: np.ndarray,  # (height, width), at least 0: a mask or a response
     true: np.ndarray,    # (height, width) of bool
     others: list,        # boxes of the other objects, pixels
 ) -> tuple:
-    "(outside, wrong): shares in [0, 1], 0 for a weight that is 0 everywhere. [ours]"
-    total = weight.sum() or 1
-    size = weight.shape[::-1]
+    "(outside, wrong): shares in [0, 1]; NaN for an empty mask. [ours]"
+    total, size = weight.sum(), weight.shape[::-1]
+    if not total: return np.nan, np.nan
     wrong = [weight[filled(box, *size)].sum() for box in others]
     return float(weight[~true].sum() / total), float(max(wrong, default=0) / total)
 

@@ -12,8 +12,8 @@ two take); and with the whole system's SAM: the box of the shipped GRPO model as
 largest object. Arms that differ from the whole system only in the last stage start from its first two.
 
 Sets and drift: `deeper/drift`. `outside` and `wrong` are the drift of the answered mask, `response_outside`
-and `response_wrong` that of the response map. Size: thirds of a set by the area of the target; crowding: up
-to 3 objects, more.
+and `response_wrong` that of the response map. Missed: an IoU below 0.1. Size: thirds of a set by the area of
+the target; crowding: up to 3 objects, more.
 
 `--share` is the share of the shipped segmenter's steps that every stage of every arm is trained for;
 with 1, the tables are named benchmark_segment_full.csv and so on.
@@ -141,13 +141,15 @@ def summary(each):
                mIoU_high=high, oIoU=each.both.sum() / each.union.sum())
     row |= {f"Pr@{t}": (each.iou >= t).mean() for t in (0.5, 0.6, 0.7, 0.8, 0.9)}
     row |= {**question.iou.groupby(size, observed=False).mean(), **question.iou.groupby(crowd).mean()}
-    return row | {name: each[name].mean() for name in DRIFT}
+    return row | {name: each[name].mean() for name in ("missed", "empty", *DRIFT)}
 
 
 def change(arm, other, column):
-    """The effect (chapter 11) on a column: an arm against another one with the same seeds."""
+    """The effect (chapter 11) on a column: an arm against another one with the same seeds. Questions without
+    drift, because some seed's mask is empty, do not count."""
     scores = [each.pivot(index="seed", columns="question", values=column) for each in (arm, other)]
-    found = effect(*scores, arm.groupby("question").image.first())
+    kept = scores[0].notna().all() & scores[1].notna().all()
+    found = effect(*(s.loc[:, kept] for s in scores), arm.groupby("question").image.first()[kept])
     return {name: value for name, value in found.items() if name.startswith("IoU")}
 
 
@@ -160,7 +162,7 @@ def changes(each, data):
              ", large third": size.index[size >= size.quantile(2 / 3)]}
     found = [dict(on=f"IoU{name}", **change(*(d[d.question.isin(part)] for d in (whole, each)), "iou"))
              for name, part in parts.items()]
-    drifts = [name for name in DRIFT if not each[name].isna().any()]
+    drifts = ["missed", *(name for name in DRIFT if each[name].notna().any())]
     return found + [dict(on=name, **change(each, whole, name)) for name in drifts]
 
 
@@ -169,6 +171,7 @@ def write_tables(out, folder, name="benchmark_segment"):
     files = sorted((out / "scores").glob("*.csv"))
     data = pd.concat([pd.read_csv(f).assign(**dict(zip(("set", "seed", "arm"), f.stem.split("_"))))
                       for f in files])
+    data = data.assign(missed=(data.iou < 0.1) * 1.0, empty=(data.both == 0) & (data.union == data.area))
     rows, seeds, effects = [], [], []
     for (scenes, arm), each in data.groupby(["set", "arm"], sort=False):
         rows.append(dict(set=scenes, arm=arm, **summary(each)))
