@@ -167,7 +167,7 @@ def changes(each, data):
 
 
 def write_tables(out, folder, name="benchmark_segment"):
-    """The tables from the files of `score`; only arms that the same seeds have finished."""
+    """The tables from the files of `score`. The whole system must have finished the seeds of every arm."""
     files = sorted((out / "scores").glob("*.csv"))
     data = pd.concat([pd.read_csv(f).assign(**dict(zip(("set", "seed", "arm"), f.stem.split("_"))))
                       for f in files])
