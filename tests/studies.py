@@ -4,7 +4,9 @@
     python tests/studies.py starts OUT [NAME ...]  the models that GRPO starts from, in OUT/starts
     python tests/studies.py run OUT STUDY ...      every run that OUT/runs lacks; STUDY: a name of STUDIES
     python tests/studies.py table OUT              tests/studies.csv (a row for each run and set of questions)
-                                                   studies_effects.csv, studies_log.csv and predictions/
+                                                   studies_effects.csv, studies_log.csv, studies_hits.csv
+                                                   (share of rollouts that hit; each seed of "longer") and
+                                                   predictions/
 
 Students that answer without thoughts: a rollout has 18 tokens instead of 65, and the rewards are about boxes.
 Studies whose name begins with "thoughts" are about students that think. GRPO asks 4,096 drawn questions with
@@ -53,7 +55,9 @@ RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 KEPT = {"base": ("start", "IoU", "+ R_pos", "weight alone", "both"),  # components
         "rewards": ("start", "IoU", "+ R_pos", "weight alone"), "consistency": ("paper's weight",),
-        "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT")}
+        "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT"),
+        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT")
+           for name in ("chains-10", "chains-30", "chains-faulty", "chains-drawn")}}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -347,7 +351,7 @@ def keep_predictions(out, done):
     "Write the boxes of the models of KEPT: predictions/STUDY_ARM.zip with a file for each seed and set."
     (HERE / "predictions").mkdir(exist_ok=True)
     for study, arm in [(s, a) for s, arms in KEPT.items() for a in arms if a in done.get(s, {})]:
-        name = f"{study}_{arm}".replace(" ", "_").replace("'", "")
+        name = f"{study}_{arm}".replace(" ", "_").replace("'", "").replace(",", "")
         with ZipFile(HERE / "predictions" / f"{name}.zip", "w", ZIP_LZMA) as kept:
             for found, questions in [(f, q) for f in done[study][arm] for q in JUDGED]:
                 lines = []
@@ -360,7 +364,7 @@ def keep_predictions(out, done):
 
 
 def table(out):
-    "Write studies.csv, studies_effects.csv and studies_log.csv (some columns of the log, mean over seeds)."
+    "Write the tables; studies_log.csv has some columns of the log, mean over seeds."
     sets = {name: load_from_disk(out / "rows" / name) for name in JUDGED + JUDGED_TOO}
     hops = {name: None if name == "real" else np.array(rows["hops"][:]) for name, rows in sets.items()}
     images = {name: [f"{name}:{i}" for i in rows["image_id"]] for name, rows in sets.items()}
@@ -381,6 +385,10 @@ def table(out):
     for name, found in (("", rows), ("_effects", effects)):
         pd.DataFrame(found).round(4).to_csv(HERE / f"studies{name}.csv", index=False)
     pd.concat(logs).round(4).to_csv(HERE / "studies_log.csv", index=False)
+    hits = [dict(arm=arm, seed=r["run"]["seed"], step=step, hits=share)
+            for arm, results in done.get("longer", {}).items() if arm != "start"
+            for r in results for step, share in enumerate(r["log"]["rewards/hit_reward/mean"], 1)]
+    pd.DataFrame(hits).round(4).to_csv(HERE / "studies_hits.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def questions(shared, tmp_path_factory):
 @pytest.mark.parametrize("file", sorted(KEPT.glob("*.zip")), ids=lambda f: f.stem)
 def test_the_predictions_of_the_final_models_score_as_the_table_says(file, questions, tmp_path):
     table = pd.read_csv(KEPT.parent / "studies.csv")
-    names = (table.study + "_" + table.arm).str.replace(" ", "_").str.replace("'", "")
+    names = (table.study + "_" + table.arm).str.replace(" ", "_").str.replace("[',]", "", regex=True)
     rows = table[names == file.stem].set_index(["seed", "questions"])
     with ZipFile(file) as kept: kept.extractall(tmp_path)
     found = {tuple(p.stem.split("_")): p for p in tmp_path.glob("*.jsonl")}
