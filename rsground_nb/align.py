@@ -184,7 +184,7 @@ class Interaction(nn.Module):
         patches,  # (n, cells, width)
         absent,   # (n, tokens): True for padding
     ):
-        "(words, patches) after the round."
+        "(words, patches) after the round, shaped as given."
         norm = self.norms
         w = norm[0](words)
         words = words + self.within(w, w, w, absent, need_weights=False)[0]

@@ -22,7 +22,6 @@ from .grammar import cues
 from .model import DIRECT, REASON, codec_of, generate_answers, load_vlm
 from .scale import Scale, start
 
-
 # %% ../nbs/10_evaluate.ipynb #daed61d0
 def resampled(
     sums,               # (images, columns): what each image adds to each column

@@ -55,7 +55,7 @@ def load_sam(
 # %% ../nbs/deeper/masks.ipynb #38596d92
 class Cues(nn.Sequential):
     "An adapter from CLIP's patches to SAM's features; it gives zeros until it has learned. [ours]"
-    def __init__(self, width, channels, narrow=32):
+    def __init__(self, width, channels, narrow=32):  # (n, width, E, E) -> (n, channels, E, E)
         last = nn.Conv2d(narrow, channels, 3, padding=1)
         for weight in last.parameters(): nn.init.zeros_(weight)
         super().__init__(nn.Conv2d(width, narrow, 1), nn.GELU(), last)
@@ -75,6 +75,7 @@ class Views(NamedTuple):
     sam: torch.Tensor
 
 class Segmented(NamedTuple):
+    "What `Segmenter` makes of n questions."
     aligned: Aligned
     prompts: Prompts
     masks: torch.Tensor  # (n, canvas, canvas) logits

@@ -16,7 +16,7 @@ from .align import Aligned
 
 # %% ../nbs/deeper/prompts.ipynb #55fe270a
 def cell_centres(
-    height: int, width: int,
+    height: int, width: int,  # cells
 ) -> torch.Tensor:
     "(height, width, 2): x and y of the cells' centres, in cells."
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -26,7 +26,7 @@ def squared_distance(
     maps: torch.Tensor,    # (n, h, w); only their shape counts
     points: torch.Tensor,  # (n, 2), in cells
 ) -> torch.Tensor:
-    "(n, h, w): squared distance of every cell's centre from the point, in cells."
+    "(n, h, w): squared distance of every cell's centre from the point, in squared cells."
     centres = cell_centres(*maps.shape[1:]).to(maps)
     return ((centres - points[:, None, None]) ** 2).sum(-1)
 

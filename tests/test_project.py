@@ -172,6 +172,13 @@ def test_no_notebook_exports(path):
     assert not [c.source for c in cells(path) if c.cell_type == "code" and "nbdev_export(" in c.source]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_list_runs_on_in_a_line(path):
+    lines = [line for c in cells(path) if c.cell_type == "markdown" for line in c.source.splitlines()]
+    run_on = re.compile(r"[.:;?)] +(- |[2-9]\. )[*`A-Z]")
+    assert not [line for line in lines if run_on.search(line) and line[0] != "|"]
+
+
 @pytest.mark.parametrize("name", COURSE)
 def test_a_chapter_is_short(name):
     found = cells(ROOT / "nbs" / f"{name}.ipynb")
