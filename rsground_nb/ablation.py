@@ -81,8 +81,8 @@ def draw_effects(
     ax.axvline(0, color="black", lw=1)
     ax.axvline(0.01, color="gray", lw=1, ls=":")  # the smallest gain that matters
     for said, colour in COLOURS.items(): ax.plot([], [], "o", color=colour, label=said)
-    ax.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], xlabel="change of the mean IoU")
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], ylim=(len(rows) - 0.5, -0.5),
+           xlabel="change of the mean IoU")
     ax.legend()
 
 # %% ../nbs/11_ablation.ipynb #79da16c5
