@@ -51,13 +51,13 @@ STARTS = {  # steps of SFT from the base, and what it learns
     "answers-early": (300, "answers"), "answers-middle": (900, "answers"), "chains-early": (400, "chains"),
     "chains-middle": (900, "chains"), "chains-30": (900, "30 %"), "chains-10": (900, "10 %"),
     "chains-faulty": (900, "half of them faulty"), "chains-drawn": (900, "chains of drawn questions")}
+FEW = "chains-10", "chains-30", "chains-faulty", "chains-drawn"  # starts with few or faulty chains
 RATE, THINK_RATE = 3e-4, 1e-4  # of GRPO
 JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 KEPT = {"base": ("start", "IoU", "+ R_pos", "weight alone", "both"),  # components
         "rewards": ("start", "IoU", "+ R_pos", "weight alone"), "consistency": ("paper's weight",),
         "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT"),
-        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT")
-           for name in ("chains-10", "chains-30", "chains-faulty", "chains-drawn")}}
+        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT") for name in FEW}}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -109,7 +109,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
         "both": R_POS | weighted() | HALF, "more CoT-SFT": MORE_HALF | dict(more=STARTS[name][1])})
-       for name in ("chains-10", "chains-30", "chains-faulty", "chains-drawn")},
+       for name in FEW},
 }
 
 
