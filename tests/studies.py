@@ -57,7 +57,7 @@ JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 KEPT = {"base": ("start", "IoU", "+ R_pos", "weight alone", "both"),  # components
         "rewards": ("start", "IoU", "+ R_pos", "weight alone"), "consistency": ("paper's weight",),
         "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT"),
-        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT") for name in FEW}}
+        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT") for name in ("longer", *FEW)}}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -67,7 +67,7 @@ GROUP = dict(size=dict(scale_rewards="group"))
 ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes; 256 rollouts a step
 THOUGHTS = dict(processes=1)
 HALF = dict(size=dict(prompts_per_step=16))  # 128 rollouts
-MORE, MORE_HALF = [dict(steps=steps, rate=1e-3) for steps in (800, 400)]  # the minutes that GRPO takes
+MORE, MORE_HALF, MORE_LONG = [dict(steps=steps, rate=1e-3) for steps in (800, 400, 2400)]  # GRPO's minutes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -106,6 +106,8 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
         "more CoT-SFT": MORE | dict(more="chains")}),
     "thoughts, near": ("tiny-sft", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
+    "thoughts, longer": ("chains-middle", 180, THINK_RATE, "more CoT-SFT", {
+        "both": R_POS | weighted(), "more CoT-SFT": MORE_LONG | dict(more="chains")}),
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
         "both": R_POS | weighted() | HALF, "more CoT-SFT": MORE_HALF | dict(more=STARTS[name][1])})
