@@ -45,8 +45,9 @@ class SpatialGRPOTrainer(GuardedTrainer):
         boxes = self.accelerator.gather(torch.tensor(boxes, device=ious.device))
         limits = dict(lambda_mean=a.lambda_mean, lambda_var=a.lambda_var, lowest=a.lowest_weight,
                       highest=a.highest_weight) if a.weighting == "paper" else {}
-        weight = WEIGHTS[a.weighting](ious, boxes, size, **limits).to(ious).where(~silent, 1.0)
-        self._rollout_weights = weight.repeat_interleave(size)
+        weight = WEIGHTS[a.weighting](ious, boxes, size, **limits).to(ious).view(len(silent), -1)
+        weight = weight.where(~silent[:, None], 1.0)  # "lead": two columns, the second if an advantage is < 0
+        self._rollout_weights = weight.repeat_interleave(size, 0)
         said = dict(weight_mean=weight.mean(), weight_min=weight.min(), weight_max=weight.max(),
                     iou_std_within=group_statistics(ious, size)[1].sqrt().mean(),
                     unparsable=boxes[:, 0].isnan().float().mean())
@@ -62,7 +63,8 @@ class SpatialGRPOTrainer(GuardedTrainer):
             advantages = batch["advantages"]  # of this process; (group, rollout) if prompts are shared
             first = self.accelerator.process_index * advantages.numel()
             mine = self._rollout_weights[first:first + advantages.numel()]
-            batch["weight"] = mine.view_as(advantages)
+            up, down = mine[:, 0].view_as(advantages), mine[:, -1].view_as(advantages)
+            batch["weight"] = down.where(advantages < 0, up)
             batch["advantages"] = advantages * batch["weight"]
         return batch
 

@@ -26,8 +26,7 @@ class SpatialGRPOConfig(GRPOConfig):
     """GRPOConfig with the consistency weight of the paper, section 3.4 [2nd], and guards [ours].
     `consistency=False` gives plain GRPO. Raises ValueError for contradictory settings."""
     consistency: bool = _setting(True, "Weight each question's loss by its rollouts.")
-    weighting: str = _setting("paper", "Which weight: paper, lead (GRPO-LEAD's for good answers, here for "
-                                       "all) or seed (SEED-GRPO).")
+    weighting: str = _setting("paper", "Which weight: paper, lead (GRPO-LEAD) or seed (SEED-GRPO).")
     weight_scope: str = _setting("advantages", "What is scaled: `advantages`, or the `loss` with its KL. "
                                                "Both are the same without a KL term.")
     lambda_mean: float = _setting(1.2, "Paper's weight: factor of 1 - mean IoU in the exponent.")

@@ -49,12 +49,12 @@ def lead_weight(
     ious: torch.Tensor, boxes: torch.Tensor, num_generations: int,  # as for paper_weight
     correct_at: float = 0.5,  # IoU from which a rollout counts as correct [ours]
     lowest: float = 0.4, highest: float = 1.5, midpoint: float = 0.75, steepness: float = 10.0,
-    negative: bool = False,   # the weight of the group's negative advantages instead of the positive ones
 ) -> torch.Tensor:
-    "(questions,) difficulty weight of GRPO-LEAD, arXiv 2504.09696. Raises ValueError as `check_groups` does."
+    """(questions, 2) difficulty weights of GRPO-LEAD, arXiv 2504.09696, of the positive and of the negative
+    advantages. Raises ValueError as `check_groups` does."""
     check_groups(ious, num_generations, boxes)
     correct = (ious >= correct_at).double().view(-1, num_generations).mean(1)
-    share = 1 - correct if negative else correct
+    share = torch.stack([correct, 1 - correct], 1)
     return lowest + (highest - lowest) * torch.sigmoid(-steepness * (share - midpoint))
 
 # %% ../nbs/deeper/weightings.ipynb #8d1c0a03

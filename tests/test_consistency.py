@@ -21,7 +21,7 @@ from rsground_nb.weightings import (answer_entropy, check_groups, clusters, disp
 
 share = st.floats(0, 1, width=32)
 groups_of_8 = st.lists(share, min_size=8, max_size=8)
-WEIGHTS = [paper_weight, lead_weight, lambda *a: lead_weight(*a, negative=True), seed_weight]
+WEIGHTS = [paper_weight, lambda *a: lead_weight(*a)[:, 0], lambda *a: lead_weight(*a)[:, 1], seed_weight]
 NO_BOX = [math.nan] * 4
 
 
@@ -180,7 +180,7 @@ def test_the_weights_disagree_in_sign():
     assert right == 1 and wrong == lost == 3
     right, wrong, lost = seed_weight(*given_all).tolist()
     assert right == wrong == 1 and lost == pytest.approx(0.5)
-    up, down = lead_weight(*given_all), lead_weight(*given_all, negative=True)
+    up, down = lead_weight(*given_all).unbind(1)
     assert up[0] < up[1] == up[2] and down[0] > down[1] == down[2] and up[0] == pytest.approx(down[1])
 
 
@@ -188,9 +188,8 @@ def test_the_weights_disagree_in_sign():
 def test_grpo_lead_is_its_authors_curve(right):
     ious = torch.tensor([0.5] * right + [0.49] * (8 - right))
     curve = lambda x: 0.4 + 1.1 / (1 + math.exp(10 * (x - 0.75)))
-    assert lead_weight(ious, torch.zeros(8, 4), 8).item() == pytest.approx(curve(right / 8))
-    assert lead_weight(ious, torch.zeros(8, 4), 8, negative=True).item() == pytest.approx(
-        curve(1 - right / 8))
+    assert lead_weight(ious, torch.zeros(8, 4), 8).tolist() == [pytest.approx([curve(right / 8),
+                                                                               curve(1 - right / 8)])]
 
 
 @given(crowds(least=1), st.floats(0, 1))

@@ -111,6 +111,18 @@ def test_each_rollout_meets_the_weight_of_its_own_group(schedule, passes):
     for text, advantage, weight in seen: assert (advantage, weight) == pytest.approx(expected[text], abs=1e-5)
 
 
+def test_lead_weights_praise_and_blame_apart():
+    "All rollouts of question 1 have an IoU of at least 0.5, of question 3 three of four."
+    trainer = told(Watched, rows=[ROWS[1], ROWS[3]], questions=2, weighting="lead", max_steps=1)
+    trainer.train()
+    share = {rollout(q, k)[0]: (sum(iou(rollout(q, j)[1], ROWS[q]["box"]) >= 0.5 for j in range(G)) / G)
+             for q in (1, 3) for k in range(1, G)}
+    curve = lambda x: 0.4 + 1.1 / (1 + math.exp(10 * (x - 0.75)))
+    met = [(share[text], a, w) for text, a, w in trainer.met[0] if text in share]
+    assert {(s, a < 0) for s, a, _ in met} == {(1, True), (1, False), (0.75, True), (0.75, False)}
+    for s, a, w in met: assert w == pytest.approx(curve(1 - s if a < 0 else s), rel=1e-4)
+
+
 # the loss with its KL term
 
 LENGTHS = torch.tensor([8, 6, 3, 2, 1, 4, 7, 5])
@@ -191,9 +203,9 @@ def test_every_weight_of_chapter_08_can_be_chosen(trainer):
                          + [rollout(5, k)[1] for k in range(3)] + [[math.nan] * 4])
     ious = [1.0, 0.9, 0.8, 0.0, 1.0, 0.4, 0.2, 0.0]
     for weighting, expected in dict(lead=lead_weight(torch.tensor(ious), boxes, G),
-                                    seed=seed_weight(torch.tensor(ious), boxes, G, same_at=0.5)).items():
+                                    seed=seed_weight(torch.tensor(ious), boxes, G)[:, None]).items():
         weight, said = weighed(trainer, weighting, [texts[k] for k in order], ious)
-        torch.testing.assert_close(weight, expected.float().repeat_interleave(G))
+        torch.testing.assert_close(weight, expected.float().repeat_interleave(G, 0))
         assert [said[f"consistency/weight_{end}"] for end in ("min", "max")] == pytest.approx(
             [expected.min().item(), expected.max().item()]) and "consistency/weight_at_limit" not in said
         assert said["consistency/unparsable"] == 0.25
@@ -202,7 +214,7 @@ def test_every_weight_of_chapter_08_can_be_chosen(trainer):
 def test_the_log_says_how_many_weights_are_cut(trainer):
     weight, said = weighed(trainer, "paper", ["<answer>[1, 1, 5, 5]</answer>"] * 12,
                            [0.0] * 4 + [1.0] * 4 + [0.5] * 4)
-    assert weight[::G].tolist() == pytest.approx([3, 1, math.exp(0.6)])
+    assert weight[::G, 0].tolist() == pytest.approx([3, 1, math.exp(0.6)])
     assert said == pytest.approx({f"consistency/{name}": value for name, value in dict(
         weight_mean=(4 + math.exp(0.6)) / 3, weight_min=1, weight_max=3, iou_std_within=0, unparsable=0,
         weight_at_limit=1 / 3).items()})
