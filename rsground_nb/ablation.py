@@ -43,15 +43,16 @@ def verdict(
     return "no gain" if max(highs) < least else "cannot tell"
 
 def ends(
-    found,  # as from `effect`
+    found,                 # as from `effect`
+    measure: str = "IoU",  # or Acc@0.5
 ) -> tuple:
-    "The two intervals of an effect on IoU: over pictures and over seeds."
-    return tuple((found[f"IoU{over}_low"], found[f"IoU{over}_high"]) for over in ("", "_seeds"))
+    "The two intervals of an effect: over pictures and over seeds."
+    return tuple((found[f"{measure}{over}_low"], found[f"{measure}{over}_high"]) for over in ("", "_seeds"))
 
-def describe(found) -> str:
-    "An effect on IoU as text; the range spans both intervals."
-    low, high = np.array(ends(found)).T
-    return f"{found['IoU']:+.3f} ({low.min():+.3f} to {high.max():+.3f})"
+def describe(found, measure: str = "IoU") -> str:
+    "An effect as text; the range spans both intervals."
+    low, high = np.array(ends(found, measure)).T
+    return f"{found[measure]:+.3f} ({low.min():+.3f} to {high.max():+.3f})"
 
 # %% ../nbs/11_ablation.ipynb #ba080e9e
 COLOURS = {"gain": "tab:green", "loss": "tab:red", "no gain": "tab:blue", "cannot tell": "tab:gray"}

@@ -3,6 +3,7 @@
     python tests/studies.py data OUT REAL          the questions, in OUT/rows (REAL: as in train_shipped.py)
     python tests/studies.py starts OUT [NAME ...]  the models that GRPO starts from, in OUT/starts
     python tests/studies.py run OUT STUDY ...      every run that OUT/runs lacks; STUDY: a name of STUDIES
+    python tests/studies.py trials OUT             choice of the learning rates: tests/trials_studies.csv
     python tests/studies.py table OUT              tests/studies.csv (a row for each run and set of questions)
                                                    studies_effects.csv, studies_log.csv, studies_hits.csv
                                                    (share of rollouts that hit; each seed of "longer") and
@@ -12,7 +13,7 @@ Students that answer without thoughts: a rollout has 18 tokens instead of 65, an
 Studies whose name begins with "thoughts" are about students that think. GRPO asks 4,096 drawn questions with
 a rival and 4,096 real ones; all have boxes only. Judged greedily on questions by which nothing was chosen:
 512 drawn ones with a rival (seed 3110), 512 of all kinds (3111), and the real test questions. Learning rates
-were chosen on val and on drawn questions of seed 2000, with IoU and format as the only rewards.
+were chosen on val and on drawn questions of seed 2000, with IoU and format as the only rewards, by one seed.
 """
 import json
 import os
@@ -57,7 +58,8 @@ JUDGED, JUDGED_TOO = ("rival", "all", "real"), ("style", "small")
 KEPT = {"base": ("start", "IoU", "+ R_pos", "weight alone", "both"),  # components
         "rewards": ("start", "IoU", "+ R_pos", "weight alone"), "consistency": ("paper's weight",),
         "thoughts": ("start", "IoU", "+ R_pos", "weight alone", "both", "more CoT-SFT"),
-        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT") for name in ("longer", *FEW)}}
+        "thoughts, longer": ("both",),
+        **{f"thoughts, {name}": ("start", "both", "more CoT-SFT") for name in FEW}}
 FAULTS = ("wrong_box", "wrong_anchor", "misread", "wrong_candidate", "missing_candidate", "wrong_outcome",
           "wrong_decision")
 
@@ -67,7 +69,7 @@ GROUP = dict(size=dict(scale_rewards="group"))
 ANSWERS = dict(max_completion_length=32, rows_per_pass=128, processes=1)  # sizes; 256 rollouts a step
 THOUGHTS = dict(processes=1)
 HALF = dict(size=dict(prompts_per_step=16))  # 128 rollouts
-MORE, MORE_HALF, MORE_LONG = [dict(steps=steps, rate=1e-3) for steps in (800, 400, 2400)]  # GRPO's minutes
+MORE, MORE_HALF = [dict(steps=steps, rate=1e-3) for steps in (800, 400)]  # the minutes that GRPO takes
 
 
 def weighted(**settings): return dict(settings=dict(consistency=True, **settings))
@@ -106,8 +108,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
         "IoU": PLAIN, "+ R_pos": R_POS | PLAIN, "weight alone": weighted(), "both": R_POS | weighted(),
         "more CoT-SFT": MORE | dict(more="chains")}),
     "thoughts, near": ("tiny-sft", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
-    "thoughts, longer": ("chains-middle", 180, THINK_RATE, "more CoT-SFT", {
-        "both": R_POS | weighted(), "more CoT-SFT": MORE_LONG | dict(more="chains")}),
+    "thoughts, longer": ("chains-middle", 180, THINK_RATE, "start", {"both": R_POS | weighted()}),
     "thoughts, far": ("chains-early", 60, THINK_RATE, "IoU", {"IoU": PLAIN, "+ R_pos": R_POS | PLAIN}),
     **{f"thoughts, {name}": (name, 60, THINK_RATE, "more CoT-SFT", {
         "both": R_POS | weighted() | HALF, "more CoT-SFT": MORE_HALF | dict(more=STARTS[name][1])})
@@ -341,7 +342,7 @@ def finished(out):
 def effects_of(study, done, images):
     "Rows of studies_effects.csv: each arm against the one it is compared with, and against the start."
     for arm in [a for a in done if a != "start"]:
-        for other in [o for o in (STUDIES[study][3], "start") if o in done and o != arm]:
+        for other in [o for o in dict.fromkeys((STUDIES[study][3], "start")) if o in done and o != arm]:
             sets = {name: [name] for name in done[arm][0]["ious"]} | {"together": list(JUDGED)}
             for name, parts in sets.items():
                 mine, theirs = [np.hstack([arm_ious(done[a], n) for n in parts]) for a in (arm, other)]
@@ -393,6 +394,31 @@ def table(out):
     pd.DataFrame(hits).round(4).to_csv(HERE / "studies_hits.csv", index=False)
 
 
+def trials():
+    "Runs judged on the tuning questions."
+    judged = dict(tune="rows/tune", tune_real="rows/tune_real")
+    for first, steps, size, rates in (
+            ("answers-early", 50, ANSWERS, (1e-4, RATE, 1e-3)),
+            ("chains-middle", 60, THOUGHTS | HALF["size"], (THINK_RATE, 3e-4, 6e-4))):
+        same = dict(start=f"starts/{first}", judged=judged, seed=0)
+        if size is not ANSWERS:
+            same["thinks"] = True
+            yield same | MORE_HALF | dict(more="chains")
+        yield same | dict(asked="rows/grpo", steps=0)
+        for rate in rates:
+            sizes = dict(grpo_learning_rate=rate, **size)
+            yield same | PLAIN | dict(asked="rows/grpo", steps=steps, size=sizes)
+
+
+def trial_row(found):
+    run = found["run"]
+    rate = run.get("rate", run.get("size", {}).get("grpo_learning_rate"))
+    what = "more CoT-SFT" if "more" in run else "GRPO, IoU and format" if run["steps"] else "start"
+    row = dict(start=run["start"].removeprefix("starts/"), arm=what, steps=run["steps"], learning_rate=rate,
+               minutes=found["minutes"], commit=found["commit"][:9])
+    return row | {f"{name}, mIoU": np.mean(ious) for name, ious in found["ious"].items()}
+
+
 if __name__ == "__main__":
     import studies  # by its name: other processes cannot find what __main__ defines
 
@@ -407,4 +433,7 @@ if __name__ == "__main__":
         runs = {run_id(r): r for study in given for _, r in runs_of(study)}  # shared ones once
         runs = sorted(runs.values(), key=lambda r: r["seed"])
         run_all(studies.work, runs, out / "runs")
+    if stage == "trials":
+        rows = [trial_row(found) for found in run_all(studies.work, [*trials()], out / "trials")]
+        pd.DataFrame(rows).round(4).to_csv(HERE / "trials_studies.csv", index=False)
     if stage == "table": table(out)
