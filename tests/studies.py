@@ -81,7 +81,7 @@ STUDIES = {  # name: (start, steps, rate, the arm that others are compared with,
         "+ GIoU": dict(third="giou") | PLAIN, "+ DIoU": dict(third="diou") | PLAIN,
         "+ centre distance": dict(third="distance") | PLAIN,
         "+ all-miss credit": dict(extra="credit") | PLAIN, "stepped IoU": dict(extra="stepped") | PLAIN,
-        "weight alone": weighted()}),
+        "weight alone": weighted(), "both": R_POS | weighted()}),
     "consistency": ("answers-early", 50, RATE, "no weight", {  # with R_pos
         "no weight": R_POS | PLAIN, "paper's weight": R_POS | weighted(),
         "mean term": R_POS | weighted(lambda_var=0.0), "variance term": R_POS | weighted(lambda_mean=0.0),
