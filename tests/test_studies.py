@@ -1,5 +1,6 @@
 """Many small trainings: each run once, resumed after a kill, faults named; the effect of an arm by hand."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,3 +168,11 @@ def test_the_command_scores_such_a_file(questions, tmp_path, capsys):
     scores = pd.read_csv(tmp_path / "scores" / "modes.csv").set_index("mode").loc["standard"]
     table = pd.read_csv(KEPT.parent / "studies.csv").set_index(["study", "arm", "questions"]).mIoU
     assert scores["meanIoU"] == pytest.approx(table["rewards", "start", "rival"].item(), abs=2e-4)
+
+
+def test_the_learning_rates_did_best_on_the_tuning_questions():
+    trials = pd.read_csv(KEPT.parent / "trials_studies.csv")
+    grpo = trials[trials.arm == "GRPO, IoU and format"]
+    best = grpo.loc[grpo.groupby("start")["tune, mIoU"].idxmax()].set_index("start").learning_rate
+    taken = re.search(r"^RATE, THINK_RATE = (\S+), (\S+)", (KEPT.parent / "studies.py").read_text(), re.M)
+    assert best[["answers-early", "chains-middle"]].tolist() == [float(rate) for rate in taken.groups()]
