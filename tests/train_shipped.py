@@ -13,6 +13,7 @@
         from OUT/sft: questions with boxes only
     python tests/train_shipped.py more REAL OUT SEED STEPS   its control: as many minutes of more CoT-SFT
     python tests/train_shipped.py judge REAL OUT       Acc@0.5 of every stage on the test questions
+    python tests/train_shipped.py answers REAL MODEL   the same for a model that answers without thoughts
     python tests/train_shipped.py show REAL OUT        the README's picture: answers to questions drawn by lot
 
 PLANES is `aerial_planes`. Its training pictures are dealt out by a hash of their name: one half has
@@ -195,14 +196,30 @@ def more_sft(folder, out, seed, steps):
     save(model, processor, out / f"more-{seed}", log, began)
 
 
+def test_sets(folder):
+    return {"drawn, with a rival": drawn(512, 3010, "test", True),
+            "drawn, all kinds": drawn(512, 3011, "test", False),
+            "real, test airports": real(folder / "0", "test", 0.14)}
+
+
+def judge_answers(folder, model):
+    "The same questions for a model that answers without thoughts (answers-middle of studies.py)."
+    table = []
+    for what, rows in test_sets(folder).items():
+        found = predict(*load_vlm(str(model)), rows, 160, 64, template=DIRECT)
+        hits = np.array([p["iou"] >= 0.5 for p in found])
+        low, high = interval(hits, rows["image_id"][:])
+        table.append({"questions": what, "N": len(rows), "mIoU": np.mean([p["iou"] for p in found]),
+                      "Acc@0.5": hits.mean(), "low": low, "high": high})
+    pd.DataFrame(table).round(4).to_csv(TABLE.with_stem("shipped_answers"), index=False)
+
+
 def judge(folder, out):
     """Acc@0.5 and mean IoU of every stage on every set of questions, with 95 % intervals over pictures, and
     the change of both over CoT-SFT, paired by question. A stage of several seeds counts with the mean over
     them. The base is asked for the box alone."""
     start(0)
-    sets = {"drawn, with a rival": drawn(512, 3010, "test", True),
-            "drawn, all kinds": drawn(512, 3011, "test", False),
-            "real, test airports": real(folder / "0", "test", 0.14)}
+    sets = test_sets(folder)
     stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")),
               "more CoT-SFT": sorted(out.glob("more-?"))}
     items = []
@@ -278,4 +295,5 @@ if __name__ == "__main__":
     if stage == "grpo": train_grpo(folder, out, int(sys.argv[4]))
     if stage == "more": more_sft(folder, out, int(sys.argv[4]), int(sys.argv[5]))
     if stage == "judge": judge(folder, out)
+    if stage == "answers": judge_answers(folder, out)  # OUT: the model
     if stage == "show": show(Path(__file__).parent.parent / "nbs" / "images" / "answers.jpg")
