@@ -196,7 +196,7 @@ def more_sft(folder, out, seed, steps):
     save(model, processor, out / f"more-{seed}", log, began)
 
 
-def test_sets(folder):
+def judged_sets(folder):
     return {"drawn, with a rival": drawn(512, 3010, "test", True),
             "drawn, all kinds": drawn(512, 3011, "test", False),
             "real, test airports": real(folder / "0", "test", 0.14)}
@@ -205,7 +205,7 @@ def test_sets(folder):
 def judge_answers(folder, model):
     "The same questions for a model that answers without thoughts (answers-middle of studies.py)."
     table = []
-    for what, rows in test_sets(folder).items():
+    for what, rows in judged_sets(folder).items():
         found = predict(*load_vlm(str(model)), rows, 160, 64, template=DIRECT)
         hits = np.array([p["iou"] >= 0.5 for p in found])
         low, high = interval(hits, rows["image_id"][:])
@@ -219,7 +219,7 @@ def judge(folder, out):
     the change of both over CoT-SFT, paired by question. A stage of several seeds counts with the mean over
     them. The base is asked for the box alone."""
     start(0)
-    sets = test_sets(folder)
+    sets = judged_sets(folder)
     stages = {"base": ["tiny"], "CoT-SFT": [out / "sft"], "GRPO": sorted(out.glob("grpo-?")),
               "more CoT-SFT": sorted(out.glob("more-?"))}
     items = []
